@@ -1,0 +1,105 @@
+// Package durable writes files that survive power loss: whole or not at all.
+package durable
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// TempPrefix begins the name of every temporary file that WriteFile makes. One that is found at start was left behind by a crash and may be
+// removed.
+const TempPrefix = ".tmp-"
+
+// An FS is the part of a file system that writing durably needs. It exists so that tests can make each call fail, fail although it was
+// done, or forget what was not synced; reading needs no such thing and goes to package os directly.
+type FS interface {
+	MkdirAll(dir string, perm fs.FileMode) error
+	// Create makes a new file open for reading and writing. It fails if the name exists.
+	Create(name string, perm fs.FileMode) (File, error)
+	// OpenFile opens an existing file for reading and writing.
+	OpenFile(name string) (File, error)
+	Rename(from, to string) error
+	Remove(name string) error
+	// SyncDir makes what was created, renamed and removed in dir durable.
+	SyncDir(dir string) error
+}
+
+// A File is an open file of an FS.
+type File interface {
+	io.Writer
+	io.WriterAt
+	io.ReaderAt
+	io.Closer
+	Sync() error
+	Truncate(size int64) error
+	Name() string
+}
+
+// OS is the FS of the operating system.
+type OS struct{}
+
+var _ FS = OS{}
+
+// MkdirAll is [os.MkdirAll].
+func (OS) MkdirAll(dir string, perm fs.FileMode) error { return os.MkdirAll(dir, perm) }
+
+// Create is [os.OpenFile] for a name that must not exist.
+func (OS) Create(name string, perm fs.FileMode) (File, error) {
+	return os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, perm)
+}
+
+// OpenFile is [os.OpenFile] for a name that must exist.
+func (OS) OpenFile(name string) (File, error) { return os.OpenFile(name, os.O_RDWR, 0) }
+
+// Rename is [os.Rename].
+func (OS) Rename(from, to string) error { return os.Rename(from, to) }
+
+// Remove is [os.Remove].
+func (OS) Remove(name string) error { return os.Remove(name) }
+
+// SyncDir syncs a directory.
+func (OS) SyncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// WriteFile replaces name with data: after a crash at any moment name holds the old content or the new, and once WriteFile has returned
+// nil, the new. A nil fsys means OS.
+//
+//	create .tmp-… ─▶ write ─▶ fsync ─▶ close ─▶ rename over name ─▶ fsync directory
+func WriteFile(fsys FS, name string, data []byte, perm fs.FileMode) (err error) {
+	if fsys == nil {
+		fsys = OS{}
+	}
+	dir := filepath.Dir(name)
+	temp := filepath.Join(dir, TempPrefix+rand.Text())
+	f, err := fsys.Create(temp, perm)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			// The first error is the one to tell; what can't be removed is removed at the next start.
+			_ = fsys.Remove(temp)
+		}
+	}()
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("writing %s: %w", name, err)
+	}
+	if err := fsys.Rename(temp, name); err != nil {
+		return err
+	}
+	return fsys.SyncDir(dir)
+}
