@@ -47,6 +47,30 @@ func (e *Error) Unwrap() error { return e.Err }
 // Is reports whether target is the error's kind.
 func (e *Error) Is(target error) bool { return target == e.Kind }
 
+// Code returns the stable word of an error: the Code of an [*Error], or what the error's own method Code() string says. It returns "" if the
+// error has none.
+func Code(err error) string {
+	var coded interface{ Code() string }
+	if errors.As(err, &coded) {
+		return coded.Code()
+	}
+	var e *Error
+	if errors.As(err, &e) && e.Code != "" {
+		return e.Code
+	}
+	return ""
+}
+
+// KindOf returns the sentinel that an error matches, nil if it matches none.
+func KindOf(err error) error {
+	for _, kind := range []error{ErrInvalid, ErrNotFound, ErrRefused, ErrPublisher, ErrTimeout, ErrNoSpace, ErrOffline, ErrBusy} {
+		if errors.Is(err, kind) {
+			return kind
+		}
+	}
+	return nil
+}
+
 // Invalid returns an error matching [ErrInvalid].
 func Invalid(format string, args ...any) error {
 	return &Error{Kind: ErrInvalid, Code: "invalid", Detail: fmt.Sprintf(format, args...)}

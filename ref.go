@@ -204,7 +204,7 @@ func CheckName(s string) error {
 	if len(s) > MaxNameLength {
 		return Invalid("image name %q is %d bytes long, the limit is %d", clip(s), len(s), MaxNameLength)
 	}
-	if _, err := types.NewACIdentifier(s); err != nil {
+	if !isACIdentifier(s) {
 		return Invalid("image name %q is not an AC identifier: lower-case letters and digits, separated by single - . _ ~ or /, starting with a host as in example.com/app", clip(s))
 	}
 	return nil
@@ -221,7 +221,7 @@ func checkLabel(label, value string) error {
 	if len(label) > MaxLabelLength || len(value) > MaxLabelLength {
 		return Invalid("label %q: name or value is longer than %d bytes", clip(label), MaxLabelLength)
 	}
-	if _, err := types.NewACIdentifier(label); err != nil {
+	if !isACIdentifier(label) {
 		return Invalid("label name %q is not an AC identifier", clip(label))
 	}
 	if label == "name" || label == "ext" {
@@ -231,6 +231,14 @@ func checkLabel(label, value string) error {
 		return Invalid("the value of label %q is not printable text: %q", label, clip(value))
 	}
 	return nil
+}
+
+// isACIdentifier reports whether s is an AC identifier as the reference library takes it: the specification's expression forbids two separators in
+// a row, its examples have them (example.com/~user/app_v1). Beyond the library, segments that are empty or begin with a dot are refused: they
+// could be taken for steps in a path, and acproxy's own paths begin with "/.".
+func isACIdentifier(s string) bool {
+	_, err := types.NewACIdentifier(s)
+	return err == nil && !strings.Contains(s, "//") && !strings.Contains(s, "/.")
 }
 
 // escape writes a value so that it holds none of the characters that separate values in a ref.

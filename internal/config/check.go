@@ -1,0 +1,614 @@
+package config
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/acproxy/acproxy"
+)
+
+// maxSocketPath is what fits into sockaddr_un on Linux with the zero that ends it.
+const maxSocketPath = 107
+
+// check notes whatever is wrong with the values, all that can be told without opening a file. What could not be read has its default here,
+// and is not judged a second time.
+func (c *Config) check(r *report) {
+	c.checkWords(r, reflect.ValueOf(c).Elem(), "")
+	c.checkListen(r)
+	c.checkFrontDoors(r)
+	c.checkDial(r)
+	c.checkDiscovery(r)
+	c.checkTrust(r)
+	c.checkFetch(r)
+	c.checkFreshness(r)
+	c.checkCache(r)
+	c.checkPublishers(r)
+	c.checkPaths(r)
+	for i, prefix := range c.Allow {
+		checkPrefix(r, index("allow", i), prefix)
+	}
+	if r.broken("allow") || len(c.Allow) == 0 {
+		return
+	}
+	for i, p := range c.Publishers {
+		if path := index("publishers", i) + ".prefix"; !r.broken(path) && !c.allows(p.Prefix) {
+			r.value(path, "no image under %s may be asked for: allow leaves it out; add it there, or remove this publisher", p.Prefix)
+		}
+	}
+}
+
+// allows reports whether an image under prefix may be asked for.
+func (c *Config) allows(prefix string) bool {
+	return slices.ContainsFunc(c.Allow, func(allowed string) bool {
+		return acproxy.HasPrefix(prefix, allowed) || acproxy.HasPrefix(allowed, prefix)
+	})
+}
+
+// checkWords checks what may be one of a few words. Parse has seen to it before; a Config made by hand has not been through that.
+func (c *Config) checkWords(r *report, v reflect.Value, path string) {
+	for _, field := range reflect.VisibleFields(v.Type()) {
+		at, value := join(path, key(field)), v.FieldByIndex(field.Index)
+		switch {
+		case field.Tag.Get("oneof") != "":
+			words := strings.Fields(field.Tag.Get("oneof"))
+			inherits := v.Type() == reflect.TypeFor[Publisher]() && value.String() == ""
+			if !inherits && !slices.Contains(words, value.String()) && !r.broken(at) {
+				r.value(at, "%s", notAWord(value.String(), words))
+			}
+		case value.Kind() == reflect.Struct && value.Type().PkgPath() == v.Type().PkgPath():
+			c.checkWords(r, value, at)
+		case value.Kind() == reflect.Slice && value.Type().Elem().Kind() == reflect.Struct && value.Type().Elem().PkgPath() == v.Type().PkgPath():
+			for i := range value.Len() {
+				c.checkWords(r, value.Index(i), index(at, i))
+			}
+		}
+	}
+}
+
+func (c *Config) checkListen(r *report) {
+	if len(c.Listen) == 0 && !r.broken("listen") {
+		r.value("listen", "there is no address to serve at: write one, as in - address: 127.0.0.1:8080, or remove the key for that default")
+	}
+	for i, l := range c.Listen {
+		path := index("listen", i)
+		if r.broken(path) {
+			continue
+		}
+		if problem := checkListenAddress(l.Address); problem != "" {
+			r.value(path+".address", "%s", problem)
+			continue
+		}
+		for j, earlier := range c.Listen[:i] {
+			if checkListenAddress(earlier.Address) == "" && overlap(l.Address, earlier.Address) {
+				r.value(path+".address", "%s is taken by listen[%d] (%s) already: give another port, or remove one", l.Address, j, earlier.Address)
+				break
+			}
+		}
+		switch {
+		case l.TLS == TLSFiles && l.CertFile == "" && l.KeyFile == "":
+			r.value(path+".tls", "tls: files needs cert_file and key_file: add them, or write tls: local-ca for certificates made here")
+		case l.TLS == TLSFiles && l.CertFile == "":
+			r.key(path+".key_file", "there is a key_file without a cert_file: add the certificate that it belongs to")
+		case l.TLS == TLSFiles && l.KeyFile == "":
+			r.key(path+".cert_file", "there is a cert_file without a key_file: add the key that it belongs to")
+		case l.TLS != TLSFiles && l.CertFile != "":
+			r.key(path+".cert_file", "a cert_file is used with tls: files only, and this is tls: %s: write tls: files, or remove it", l.TLS)
+		case l.TLS != TLSFiles && l.KeyFile != "":
+			r.key(path+".key_file", "a key_file is used with tls: files only, and this is tls: %s: write tls: files, or remove it", l.TLS)
+		}
+	}
+}
+
+// checkListenAddress says what is wrong with an address to listen at, "" if nothing is.
+func checkListenAddress(address string) string {
+	if strings.Contains(address, "://") {
+		return fmt.Sprintf("%q is a URL: write address and port alone, as in 127.0.0.1:8080, and TLS as the key tls", clip(address))
+	}
+	if _, err := netip.ParseAddr(address); err == nil {
+		return fmt.Sprintf("%q has no port: write %s", address, net.JoinHostPort(address, "8080"))
+	}
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		if n, err := strconv.ParseUint(address, 10, 16); err == nil {
+			return fmt.Sprintf("%q has no address: write 127.0.0.1:%d for this machine alone, or \":%d\" for every address", address, n, n)
+		}
+		return fmt.Sprintf("%q is not an address with a port: write it as in 127.0.0.1:8080 or [::1]:8080", clip(address))
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return fmt.Sprintf("%q is not a port: write a number from 0 to 65535", clip(port))
+	}
+	if host == "" {
+		return ""
+	}
+	if _, err := netip.ParseAddr(host); err != nil {
+		if problem := checkHost(host); problem != "" {
+			return problem
+		}
+	}
+	return ""
+}
+
+// overlap reports whether two addresses can't both be listened at.
+func overlap(a, b string) bool {
+	hostA, portA, _ := net.SplitHostPort(a)
+	hostB, portB, _ := net.SplitHostPort(b)
+	numberA, _ := strconv.ParseUint(portA, 10, 16)
+	numberB, _ := strconv.ParseUint(portB, 10, 16)
+	if numberA != numberB || numberA == 0 {
+		return false
+	}
+	every := func(host string) bool {
+		addr, err := netip.ParseAddr(host)
+		return host == "" || err == nil && addr.IsUnspecified()
+	}
+	return every(hostA) || every(hostB) || strings.EqualFold(hostA, hostB)
+}
+
+// checkFrontDoors checks what goes with listening: the public URL and the proxy.
+func (c *Config) checkFrontDoors(r *report) {
+	if c.PublicURL != "" && !r.broken("public_url") {
+		if problem := checkPublicURL(c.PublicURL); problem != "" {
+			r.value("public_url", "%s", problem)
+		}
+	}
+	for i, pattern := range c.Proxy.Hosts {
+		path := index("proxy.hosts", i)
+		if r.broken(path) {
+			continue
+		}
+		if problem := checkHost(strings.TrimPrefix(pattern, "*.")); problem != "" {
+			r.value(path, "%s", problem)
+		}
+	}
+	if r.broken("listen") || r.broken("proxy") || slices.ContainsFunc(c.Listen, func(l Listen) bool { return l.Proxy }) {
+		return
+	}
+	const noDoor = "no address lets nodes in as a proxy, so this does nothing: write proxy: true at one of listen, or remove this"
+	if c.Proxy.Tunnel {
+		r.key("proxy.tunnel", noDoor)
+	}
+	if len(c.Proxy.Hosts) > 0 {
+		r.key("proxy.hosts", noDoor)
+	}
+}
+
+func checkPublicURL(text string) string {
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		if checkHostPort(text) == "" {
+			return fmt.Sprintf("%q has no scheme: write https://%s, or http://%s for the fast path", text, text, text)
+		}
+		return fmt.Sprintf("%q is not a URL of a web server: write scheme and host, as in https://images.example.com", clip(text))
+	}
+	if problem := checkHostPort(u.Host); problem != "" {
+		return problem
+	}
+	if bare := u.Scheme + "://" + u.Host; bare != text {
+		return fmt.Sprintf("%q has more than scheme and host: write %s", clip(text), bare)
+	}
+	return ""
+}
+
+func (c *Config) checkDial(r *report) {
+	for _, name := range sortedKeys(c.Dial.Hosts) {
+		path := join("dial.hosts", name)
+		if r.broken(path) {
+			continue
+		}
+		if problem := checkHostPort(name); problem != "" {
+			r.key(path, "%s", problem)
+			continue
+		}
+		if problem := checkHostPort(c.Dial.Hosts[name]); problem != "" {
+			r.value(path, "%s", problem)
+		}
+	}
+	if text := c.Dial.Resolver; text != "" && !r.broken("dial.resolver") {
+		_, errAddr := netip.ParseAddr(text)
+		_, errPort := netip.ParseAddrPort(text)
+		if errAddr != nil && errPort != nil {
+			r.value("dial.resolver", "%q is not an IP address: write that of a DNS server, as in 10.0.0.53 or 10.0.0.53:53", clip(text))
+		}
+	}
+	positive(r, "dial.connect_timeout", c.Dial.ConnectTimeout, Default().Dial.ConnectTimeout)
+	positive(r, "dial.timeout", c.Dial.Timeout, Default().Dial.Timeout)
+	positive(r, "dial.stall_timeout", c.Dial.StallTimeout, Default().Dial.StallTimeout)
+	if n := c.Dial.MaxRedirects; (n < 0 || n > 100) && !r.broken("dial.max_redirects") {
+		r.value("dial.max_redirects", "%d is out of range: write a number from 0 to 100", n)
+	}
+	if strings.ContainsFunc(c.Dial.UserAgent, func(c rune) bool { return c < ' ' || c > '~' }) {
+		r.value("dial.user_agent", "%q can't go into a header: write it in one line of ASCII", clip(c.Dial.UserAgent))
+	}
+}
+
+func (c *Config) checkDiscovery(r *report) {
+	notNegative(r, "discovery.positive_ttl", c.Discovery.PositiveTTL)
+	notNegative(r, "discovery.negative_ttl", c.Discovery.NegativeTTL)
+	positive(r, "discovery.max_pages", c.Discovery.MaxPages, Default().Discovery.MaxPages)
+	// Pages are held in memory while they are read.
+	between(r, "discovery.max_page_size", c.Discovery.MaxPageSize, 1, 64*MiB)
+}
+
+func (c *Config) checkTrust(r *report) {
+	positive(r, "trust.threshold", c.Trust.Threshold, Default().Trust.Threshold)
+	if c.Trust.Threshold > 1 && c.Trust.Signature == SignatureOptional && !r.broken("trust") {
+		r.value("trust.threshold", "it asks for %d signatures while signature: optional asks for none: write signature: required, or remove the threshold", c.Trust.Threshold)
+	}
+}
+
+func (c *Config) checkFetch(r *report) {
+	f, defaults := c.Fetch, Default().Fetch
+	positive(r, "fetch.hold_back", f.HoldBack, defaults.HoldBack)
+	positive(r, "fetch.max_image_size", f.MaxImageSize, defaults.MaxImageSize)
+	// What is longer, package trust does not read: it would cost the OpenPGP libraries many times its size in memory.
+	between(r, "fetch.max_signature_size", f.MaxSignatureSize, 1, 1*MiB)
+	notNegative(r, "fetch.signature_wait", f.SignatureWait)
+	positive(r, "fetch.limits.max_uncompressed", f.Limits.MaxUncompressed, defaults.Limits.MaxUncompressed)
+	positive(r, "fetch.limits.max_ratio", f.Limits.MaxRatio, defaults.Limits.MaxRatio)
+	positive(r, "fetch.limits.max_entries", f.Limits.MaxEntries, defaults.Limits.MaxEntries)
+	between(r, "fetch.limits.max_manifest", f.Limits.MaxManifest, 1, 64*MiB)
+	if r.broken("fetch") {
+		return
+	}
+	if f.HoldBack >= f.MaxImageSize {
+		r.value("fetch.hold_back", "%v is no less than max_image_size (%v), so nothing would be delivered before the end: write delivery: verify-first for that, or less", f.HoldBack, f.MaxImageSize)
+	}
+	if f.Limits.MaxUncompressed < f.MaxImageSize {
+		path := "fetch.limits.max_uncompressed"
+		if _, given := r.keys[path]; !given {
+			path = "fetch.max_image_size"
+		}
+		r.value(path, "limits.max_uncompressed (%v) is less than max_image_size (%v), which no image could then reach: raise the one or lower the other", f.Limits.MaxUncompressed, f.MaxImageSize)
+	}
+}
+
+func (c *Config) checkFreshness(r *report) {
+	notNegative(r, "freshness.ttl", c.Freshness.TTL)
+	notNegative(r, "freshness.max_stale", c.Freshness.MaxStale)
+	notNegative(r, "freshness.max_age", c.Freshness.MaxAge)
+}
+
+func (c *Config) checkCache(r *report) {
+	positive(r, "cache.access_flush", c.Cache.AccessFlush, Default().Cache.AccessFlush)
+}
+
+func (c *Config) checkPublishers(r *report) {
+	seen := make(map[string]int)
+	for i, p := range c.Publishers {
+		path := index("publishers", i)
+		if r.broken(path) {
+			continue
+		}
+		checkPrefix(r, path+".prefix", p.Prefix)
+		if first, twice := seen[p.Prefix]; twice {
+			r.value(path+".prefix", "%s is the prefix of publishers[%d] already: put the keys of both under one", p.Prefix, first)
+		} else {
+			seen[p.Prefix] = i
+		}
+		p.checkSource(r, path)
+		p.checkReach(r, path)
+		p.checkPolicy(r, path, c)
+	}
+}
+
+// checkSource checks where a publisher's images are found.
+func (p *Publisher) checkSource(r *report, path string) {
+	for j, template := range p.Templates {
+		if problem := checkTemplate(template, p.HTTP); problem != "" {
+			r.value(index(path+".templates", j), "%s", problem)
+		}
+	}
+	if len(p.Templates) > 0 && p.DiscoveryHost != "" {
+		r.key(path+".discovery_host", "templates are given, so nobody is asked for discovery: remove this or the templates")
+	}
+	if len(p.Templates) > 0 && p.SimpleDiscovery {
+		r.key(path+".simple_discovery", "templates are given, so nothing else is tried: remove this, and add the template %q if it is wanted",
+			"https://{name}-{version}-{os}-{arch}.{ext}")
+	}
+	if p.DiscoveryHost != "" {
+		if problem := checkHostPort(p.DiscoveryHost); problem != "" {
+			r.value(path+".discovery_host", "%s", problem)
+		}
+	}
+}
+
+// checkReach checks how a publisher is reached.
+func (p *Publisher) checkReach(r *report, path string) {
+	if p.Timeout != nil {
+		positive(r, path+".timeout", *p.Timeout, Default().Dial.Timeout)
+	}
+	if p.Proxy != "" {
+		if problem := checkProxyURL(p.Proxy); problem != "" {
+			r.value(path+".proxy", "%s", problem)
+		}
+	}
+}
+
+// checkPolicy checks what is asked of a publisher's images, together with what is asked of everybody's.
+func (p *Publisher) checkPolicy(r *report, path string, c *Config) {
+	if p.TTL != nil {
+		notNegative(r, path+".ttl", *p.TTL)
+	}
+	if p.MaxStale != nil {
+		notNegative(r, path+".max_stale", *p.MaxStale)
+	}
+	if p.Threshold != nil {
+		positive(r, path+".threshold", *p.Threshold, 1)
+	}
+	if p.Offline != nil && !*p.Offline && c.Offline {
+		r.value(path+".offline", "acproxy as a whole is offline: remove this, or write offline: false there and true at every other publisher")
+	}
+	if r.broken("trust") || p.Threshold == nil && p.Signature == "" {
+		return
+	}
+	if all := c.Inherit(*p); *all.Threshold > 1 && all.Signature == SignatureOptional {
+		at := path + ".signature"
+		if p.Threshold != nil {
+			at = path + ".threshold"
+		}
+		r.value(at, "%d signatures are asked for here (threshold) while signature: optional asks for none: write signature: required or threshold: 1", *all.Threshold)
+	}
+}
+
+// checkTemplate says what is wrong with a template of image URLs, "" if nothing is.
+func checkTemplate(template string, plain bool) string {
+	scheme, rest, ok := strings.Cut(template, "://")
+	switch {
+	case !ok || scheme != "https" && scheme != "http" || rest == "" || rest[0] == '/':
+		return fmt.Sprintf("%q is not a template of a URL: write one as in https://example.com/{name}-{version}-{os}-{arch}.{ext}", clip(template))
+	case scheme == "http" && !plain:
+		return fmt.Sprintf("%q is plain http, which is refused unless this publisher has http: true: add that, or write https", clip(template))
+	case !strings.Contains(template, "{ext}"):
+		return fmt.Sprintf("%q lacks {ext}, which becomes aci for the image and aci.asc for its signature: put it at the end", clip(template))
+	case strings.ContainsFunc(template, func(c rune) bool { return c <= ' ' || c == 0x7f }):
+		return fmt.Sprintf("%q has a space in it: a template is one URL", clip(template))
+	}
+	for rest != "" {
+		open := strings.IndexAny(rest, "{}")
+		if open < 0 {
+			break
+		}
+		end := strings.IndexAny(rest[open+1:], "{}")
+		if rest[open] == '}' || end < 0 || rest[open+1+end] == '{' {
+			return fmt.Sprintf("%q has a brace without its other half: variables are written as {name}", clip(template))
+		}
+		if variable := rest[open+1 : open+1+end]; acproxy.CheckName(variable) != nil {
+			return fmt.Sprintf("%q has the variable {%s}, which is not the name of a label: write {name}, {version}, {os}, {arch}, {ext} or another label", clip(template), clip(variable))
+		}
+		rest = rest[open+end+2:]
+	}
+	return ""
+}
+
+func checkProxyURL(text string) string {
+	u, err := url.Parse(text)
+	if err != nil || u.Host == "" {
+		if checkHostPort(text) == "" {
+			return fmt.Sprintf("%q has no scheme: write http://%s", text, text)
+		}
+		// The parser's own words would repeat the password that may be in it.
+		return "this is not the URL of a proxy: write it as in http://proxy.example.com:3128"
+	}
+	if !slices.Contains([]string{"http", "https", "socks5", "socks5h"}, u.Scheme) {
+		return fmt.Sprintf("a proxy can't be spoken to by %s: write http://, https:// or socks5://", clip(u.Scheme))
+	}
+	if u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
+		return fmt.Sprintf("a proxy has no path: write %s://%s", u.Scheme, u.Host)
+	}
+	return checkHostPort(u.Host)
+}
+
+func checkPrefix(r *report, path, prefix string) {
+	if r.broken(path) {
+		return
+	}
+	if short := strings.TrimRight(prefix, "/"); short != prefix && acproxy.CheckName(short) == nil {
+		r.value(path, "%q ends in a slash: write %s, which covers everything below it too", clip(prefix), short)
+		return
+	}
+	if _, rest, ok := strings.Cut(prefix, "://"); ok && acproxy.CheckName(rest) == nil {
+		r.value(path, "%q is a URL: write the image name alone, %s", clip(prefix), rest)
+		return
+	}
+	if bare := strings.TrimSuffix(strings.TrimSuffix(prefix, "*"), "/"); bare != prefix && acproxy.CheckName(bare) == nil {
+		r.value(path, "%q has a wildcard: write %s, which covers everything below it too", clip(prefix), bare)
+		return
+	}
+	if err := acproxy.CheckName(prefix); err != nil {
+		r.value(path, "%v", err)
+	}
+}
+
+// checkHostPort says what is wrong with a host with or without a port, "" if nothing is.
+func checkHostPort(text string) string {
+	host := text
+	if h, port, err := net.SplitHostPort(text); err == nil {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return fmt.Sprintf("%q is not a port: write a number from 1 to 65535", clip(port))
+		}
+		host = h
+	}
+	if _, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")); err == nil {
+		return ""
+	}
+	return checkHost(host)
+}
+
+// checkHost says what is wrong with the name of a host, "" if nothing is (RFC 1123, section 2.1).
+func checkHost(host string) string {
+	ok := len(host) <= 253
+	for label := range strings.SplitSeq(host, ".") {
+		ok = ok && label != "" && len(label) <= 63 && label[0] != '-' && label[len(label)-1] != '-' &&
+			strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+	}
+	switch lower := strings.ToLower(host); {
+	case ok:
+		return ""
+	case host == "":
+		return "a host is missing: write one, as in example.com"
+	case lower != host && checkHost(lower) == "":
+		return fmt.Sprintf("%q has capitals: write %s", clip(host), lower)
+	case strings.Contains(host, "://"):
+		return fmt.Sprintf("%q is a URL: write the host alone, as in example.com", clip(host))
+	}
+	return fmt.Sprintf("%q is not a host: write one as in example.com", clip(host))
+}
+
+// parsePrefix reads a network, or one address as the network that has no other.
+func parsePrefix(text string) (netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(text); err == nil && addr.Zone() == "" {
+		return netip.PrefixFrom(addr, addr.BitLen()), nil
+	}
+	prefix, err := netip.ParsePrefix(text)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("%q is not a network: write an address and the length of its prefix, as in 10.0.0.0/8 or fd00::/8, or one address", clip(text))
+	}
+	if masked := prefix.Masked(); masked != prefix {
+		return netip.Prefix{}, fmt.Errorf("%s has bits set behind its prefix: write %s for the network, or %s for the one address", text, masked, prefix.Addr())
+	}
+	return prefix, nil
+}
+
+// between notes a size that is out of bounds.
+func between(r *report, path string, got, least, most Size) {
+	if (got < least || got > most) && !r.broken(path) {
+		r.value(path, "%v is out of range: write a size from %v to %v", got, least, most)
+	}
+}
+
+// positive notes a value that is not above zero.
+func positive[T int | Size | Duration](r *report, path string, got, example T) {
+	if got <= 0 && !r.broken(path) {
+		r.value(path, "%v is too little: write more, such as %v", got, example)
+	}
+}
+
+// notNegative notes a time that is below zero, which only a Config made by hand can have.
+func notNegative(r *report, path string, got Duration) {
+	if got < 0 && !r.broken(path) {
+		r.value(path, "%v is negative: write a time to come, or 0s for none", got)
+	}
+}
+
+func index(path string, i int) string { return path + "[" + strconv.Itoa(i) + "]" }
+
+// A pathValue is a path of the file system in a configuration, and its key.
+type pathValue struct {
+	key  string
+	path *string
+}
+
+// paths returns all paths of the file system in a configuration.
+func (c *Config) paths() []pathValue {
+	all := []pathValue{
+		{"data_dir", &c.DataDir},
+		{"admin.socket", &c.Admin.Socket},
+		{"ca.dir", &c.CA.Dir},
+		{"trust.system_dir", &c.Trust.SystemDir},
+		{"trust.local_dir", &c.Trust.LocalDir},
+	}
+	for i := range c.Listen {
+		all = append(all, pathValue{index("listen", i) + ".cert_file", &c.Listen[i].CertFile}, pathValue{index("listen", i) + ".key_file", &c.Listen[i].KeyFile})
+	}
+	for i := range c.Publishers {
+		all = append(all, pathValue{index("publishers", i) + ".ca_file", &c.Publishers[i].CAFile})
+	}
+	return all
+}
+
+// checkPaths notes paths that would not be what they look like.
+func (c *Config) checkPaths(r *report) {
+	for _, p := range c.paths() {
+		switch {
+		case *p.path == "~" || strings.HasPrefix(*p.path, "~/"):
+			r.value(p.key, "the ~ is not replaced by a home directory here: write the whole path")
+		case strings.HasPrefix(*p.path, "$"):
+			r.value(p.key, "variables are not replaced here: write the whole path")
+		case strings.ContainsFunc(*p.path, func(c rune) bool { return c < ' ' || c == 0x7f }):
+			r.value(p.key, "%q is not the name of a file: it has a line break or another control character", clip(*p.path))
+		}
+	}
+	if c.Trust.SystemDir != "" && filepath.Clean(c.Trust.SystemDir) == filepath.Clean(c.Trust.LocalDir) && !r.broken("trust") {
+		r.value("trust.local_dir", "it is the same as system_dir: keys that are added or masked here need a directory of their own")
+	}
+}
+
+// resolve makes relative paths absolute, from dir.
+func (c *Config) resolve(dir string) {
+	for _, p := range c.paths() {
+		if *p.path != "" && !filepath.IsAbs(*p.path) {
+			*p.path = filepath.Join(dir, *p.path)
+		}
+	}
+}
+
+// checkFiles notes files that are named but can't be used. Nothing of them is kept: whoever uses them reads them again, when they may have
+// been renewed.
+func (c *Config) checkFiles(r *report) {
+	if n := len(c.Admin.Socket); n > maxSocketPath {
+		r.value("admin.socket", "%s is %d bytes long, a socket's path may have %d: write a shorter one", clip(c.Admin.Socket), n, maxSocketPath)
+	}
+	for i, l := range c.Listen {
+		if l.TLS != TLSFiles || r.broken(index("listen", i)) {
+			continue
+		}
+		cert, errCert := readPEM(l.CertFile)
+		if errCert != nil {
+			r.value(index("listen", i)+".cert_file", "%v", errCert)
+		}
+		key, errKey := readPEM(l.KeyFile)
+		if errKey != nil {
+			r.value(index("listen", i)+".key_file", "%v", errKey)
+		}
+		if errCert != nil || errKey != nil {
+			continue
+		}
+		if _, err := tls.X509KeyPair(cert, key); err != nil {
+			r.value(index("listen", i)+".key_file", "it does not go with %s: %s; give the key and the certificate, both in PEM", l.CertFile, strings.TrimPrefix(err.Error(), "tls: "))
+		}
+	}
+	for i, p := range c.Publishers {
+		if p.CAFile == "" || r.broken(index("publishers", i)+".ca_file") {
+			continue
+		}
+		text, err := readPEM(p.CAFile)
+		switch {
+		case err != nil:
+			r.value(index("publishers", i)+".ca_file", "%v", err)
+		case !x509.NewCertPool().AppendCertsFromPEM(text):
+			r.value(index("publishers", i)+".ca_file", "%s holds no certificate in PEM: give a file with -----BEGIN CERTIFICATE----- in it", p.CAFile)
+		}
+	}
+}
+
+// readPEM reads a small file. Its errors say what to do.
+func readPEM(path string) ([]byte, error) {
+	// A pipe would hang right here, before there is anybody to tell.
+	switch st, err := os.Stat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("there is no file %s: put it there, or correct the path", path)
+	case err != nil:
+		return nil, fmt.Errorf("the file can't be read: %w", err)
+	case !st.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a file: give the path of one", path)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("the file can't be read: %w", err)
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxFile))
+}

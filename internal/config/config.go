@@ -1,0 +1,452 @@
+// Package config reads acproxy's configuration.
+package config
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/acproxy/acproxy"
+)
+
+//go:generate go test -run TestDocuments -update
+
+// Values of [Listen.TLS].
+const (
+	TLSNone    = "none"
+	TLSLocalCA = "local-ca"
+	TLSFiles   = "files"
+)
+
+// Values of [Fetch.Delivery].
+const (
+	DeliveryCutThrough  = "cut-through"
+	DeliveryVerifyFirst = "verify-first"
+)
+
+// Values of [Trust.Signature].
+const (
+	SignatureRequired = "required"
+	SignatureOptional = "optional"
+)
+
+// Values of [Trust.Expired].
+const (
+	ExpiredRefuse               = "refuse"
+	ExpiredAcceptIfSignedBefore = "accept-if-signed-before"
+)
+
+// Values of [Freshness.OnChange].
+const (
+	OnChangeRefuse = "refuse"
+	OnChangeFollow = "follow"
+)
+
+// Values of [Log.Format].
+const (
+	LogText = "text"
+	LogJSON = "json"
+)
+
+// A Config is everything that can be configured. What [Default] and [Load] return has passed [Config.Validate].
+//
+// The comments of the fields, here and below, are the words of config.example.yaml and docs/configuration.md: both are made from them, by
+// go generate, and a test fails when they differ.
+type Config struct {
+	// Directory for everything acproxy keeps. Empty: /var/lib/acproxy for root, else $XDG_DATA_HOME/acproxy or ~/.local/share/acproxy.
+	DataDir string `yaml:"data_dir"`
+
+	// Addresses that acproxy serves nodes at. The list replaces the default as a whole.
+	Listen []Listen `yaml:"listen"`
+
+	// Where the tags of discovery pages point, as scheme and host: https://images.example.com:8443. Empty: the scheme and host that the
+	// node itself used. Plain http here while nodes discover over TLS is the fast path: the small pages need TLS, the large bytes do not,
+	// as nodes check their signatures.
+	PublicURL string `yaml:"public_url"`
+
+	// The socket that acproxy's own commands use to speak to the server.
+	Admin Admin `yaml:"admin"`
+
+	// Serve only what is held here already, and dial nobody. Images without a version are then served however old they are.
+	Offline bool `yaml:"offline"`
+
+	// Prefixes of the image names that may be asked for at all, by whole segments: example.com/app covers example.com/app/web, but not
+	// example.com/apple. Empty: any name.
+	Allow []string `yaml:"allow"`
+
+	// The local certificate authority, made by: acproxy ca init.
+	CA CA `yaml:"ca"`
+
+	// The proxy front door: what nodes reach by HTTP_PROXY and HTTPS_PROXY.
+	Proxy Proxy `yaml:"proxy"`
+
+	// How publishers are reached.
+	Dial Dial `yaml:"dial"`
+
+	// Answers of publishers about where their images are (appc meta-discovery).
+	Discovery Discovery `yaml:"discovery"`
+
+	// Whose signatures count.
+	Trust Trust `yaml:"trust"`
+
+	// How images are brought here.
+	Fetch Fetch `yaml:"fetch"`
+
+	// When an image that is held here is asked for again at its publisher. An image asked for with a version never is.
+	Freshness Freshness `yaml:"freshness"`
+
+	// What is kept, beside the images themselves.
+	Cache Cache `yaml:"cache"`
+
+	// What acproxy tells about its work, on standard error.
+	Log Log `yaml:"log"`
+
+	// Settings for the images of some publishers, by prefix of the image name. The longest prefix that covers a name decides alone; what it
+	// leaves out is as set for everybody above, not as for a shorter prefix.
+	Publishers []Publisher `yaml:"publishers"`
+}
+
+// A Listen is an address that nodes are served at.
+type Listen struct {
+	// Address and port. An address left out, as in :8080, is every address of the machine; port 0 is a free one.
+	Address string `yaml:"address" required:"127.0.0.1:8080"`
+
+	// Whether and with which certificates TLS is spoken: none, local-ca (made for each host by the local CA) or files.
+	TLS string `yaml:"tls" oneof:"none local-ca files"`
+
+	// The certificate and the chain above it in PEM, for tls: files.
+	CertFile string `yaml:"cert_file"`
+
+	// The certificate's private key in PEM, for tls: files.
+	KeyFile string `yaml:"key_file"`
+
+	// Whether nodes may use this address as their HTTP proxy (CONNECT, and requests for whole URLs).
+	Proxy bool `yaml:"proxy"`
+}
+
+// Admin is the socket for commands.
+type Admin struct {
+	// Path of the unix socket, at most 107 bytes. Empty: admin.sock in data_dir.
+	Socket string `yaml:"socket"`
+}
+
+// CA is where the local certificate authority is.
+type CA struct {
+	// Directory of ca.pem and ca-key.pem. Empty: ca in data_dir.
+	Dir string `yaml:"dir"`
+}
+
+// Proxy is the proxy front door.
+type Proxy struct {
+	// Image hosts for which CONNECT ends here, with a certificate of the local CA, so that their images are served from here.
+	// *.example.com covers the subdomains of example.com. Empty: the hosts that the local CA was made for.
+	Hosts []string `yaml:"hosts"`
+
+	// Pass CONNECT for any other host through as it is. Otherwise it is refused.
+	Tunnel bool `yaml:"tunnel"`
+}
+
+// Dial is how publishers are reached.
+type Dial struct {
+	// Networks that may be dialled beyond public addresses, such as 10.0.0.0/8 or 192.0.2.7. Without them, private, loopback, link-local
+	// and metadata addresses are refused, after looking names up and after every redirect.
+	Allow []netip.Prefix `yaml:"allow"`
+
+	// Where to connect for a host, or for one port of it, in place of what DNS says, which may well be acproxy itself; for example
+	// {example.com: 192.0.2.7, "example.org:443": 10.0.0.5:8443}. TLS still asks for the name. What stands here needs no allow.
+	Hosts map[string]string `yaml:"hosts"`
+
+	// DNS server to ask, as an IP address with or without a port (53). Empty: those of the system.
+	Resolver string `yaml:"resolver"`
+
+	// How long connecting to one address may take.
+	ConnectTimeout Duration `yaml:"connect_timeout"`
+
+	// How long a publisher may take from the request to the head of its answer, redirects included.
+	Timeout Duration `yaml:"timeout"`
+
+	// How long a download may go without a single byte.
+	StallTimeout Duration `yaml:"stall_timeout"`
+
+	// Redirects followed for one request. 0 follows none.
+	MaxRedirects int `yaml:"max_redirects"`
+
+	// User-Agent sent to publishers. Empty: acproxy and its version.
+	UserAgent string `yaml:"user_agent"`
+}
+
+// Discovery is how long answers to meta-discovery are kept.
+type Discovery struct {
+	// How long a page that has tags is believed. 0s asks every time.
+	PositiveTTL Duration `yaml:"positive_ttl"`
+
+	// How long it is believed that a page is not there or has no tags. Failures (401, 403, 429, 5xx, timeouts) are never kept.
+	NegativeTTL Duration `yaml:"negative_ttl"`
+
+	// Pages kept in memory at most.
+	MaxPages int `yaml:"max_pages"`
+
+	// Size of a page at most. What goes beyond is an error of the publisher.
+	MaxPageSize Size `yaml:"max_page_size"`
+}
+
+// Trust is whose signatures count.
+type Trust struct {
+	// Directory of keys that came with the system, in rkt's layout (root.d, prefix.d); rkt's own is /usr/lib/rkt/trustedkeys.
+	// Empty: none.
+	SystemDir string `yaml:"system_dir"`
+
+	// Directory of keys that this machine's operator trusts, in the same layout; an empty file in it masks the system's key of that name.
+	// Empty: trustedkeys in data_dir.
+	LocalDir string `yaml:"local_dir"`
+
+	// Whether an image needs a signature by a trusted key (required), or is served without one too (optional). One with a bad signature or
+	// an unknown signer is refused either way.
+	Signature string `yaml:"signature" oneof:"required optional"`
+
+	// What becomes of a signature whose key has expired since: refuse, or accept-if-signed-before it did.
+	Expired string `yaml:"expired" oneof:"refuse accept-if-signed-before"`
+
+	// Accept SHA-1, DSA and RSA keys below 2048 bits, which old archives are signed with. MD5 is never accepted.
+	Legacy bool `yaml:"legacy"`
+
+	// How many different trusted keys must have signed an image.
+	Threshold int `yaml:"threshold"`
+}
+
+// Fetch is how images are brought here.
+type Fetch struct {
+	// When nodes get the bytes of an image that is just being fetched: cut-through sends them as they arrive and holds back the end until
+	// the signature is verified; verify-first sends nothing before everything is checked.
+	Delivery string `yaml:"delivery" oneof:"cut-through verify-first"`
+
+	// How much of the end is held back in cut-through delivery. A node drops an image whose end does not come.
+	HoldBack Size `yaml:"hold_back"`
+
+	// Size of an image at most, as published (compressed).
+	MaxImageSize Size `yaml:"max_image_size"`
+
+	// Size of a signature at most. It can't be more than 1MiB.
+	MaxSignatureSize Size `yaml:"max_signature_size"`
+
+	// How long to keep asking for a signature that the publisher has not ready yet (202 Accepted). 0s gives up at once.
+	SignatureWait Duration `yaml:"signature_wait"`
+
+	// What an image may hold once it is decompressed.
+	Limits Limits `yaml:"limits"`
+}
+
+// Limits is what an image may hold once it is decompressed.
+type Limits struct {
+	// Size of the tar at most.
+	MaxUncompressed Size `yaml:"max_uncompressed"`
+
+	// How many times larger than the image as published the tar may be. Small images are excused.
+	MaxRatio int `yaml:"max_ratio"`
+
+	// Files, directories and links in the tar at most.
+	MaxEntries int `yaml:"max_entries"`
+
+	// Size of the image's manifest at most.
+	MaxManifest Size `yaml:"max_manifest"`
+}
+
+// Freshness is when an image is asked for again at its publisher.
+type Freshness struct {
+	// How long the answer for an image without a version ("latest") is good. 0s asks every time.
+	TTL Duration `yaml:"ttl"`
+
+	// How long after that it is still served at once, said to be stale, and asked for again behind. Later than that a node waits for the
+	// publisher, and gets what is held here only if that gives no answer. 0s always waits.
+	MaxStale Duration `yaml:"max_stale"`
+
+	// What becomes of a version whose bytes have changed at the publisher: refuse keeps serving the one held here and tells the operator;
+	// follow takes the new one.
+	OnChange string `yaml:"on_change" oneof:"refuse follow"`
+
+	// How long a node may use what it got without asking here again (max-age of Cache-Control). Without a version it is never more than is
+	// left of ttl. 0s lets it ask every time, which costs a few hundred bytes.
+	MaxAge Duration `yaml:"max_age"`
+}
+
+// Cache is what is kept beside the images.
+type Cache struct {
+	// How often times of last use are written down. A crash loses at most these.
+	AccessFlush Duration `yaml:"access_flush"`
+}
+
+// Log is what acproxy tells about its work.
+type Log struct {
+	// The least that is worth a line: debug, info, warn or error.
+	Level string `yaml:"level" oneof:"debug info warn error"`
+
+	// Lines for people (text) or for programs (json).
+	Format string `yaml:"format" oneof:"text json"`
+
+	// Whether every request gets a line.
+	Access bool `yaml:"access"`
+}
+
+// A Publisher is what differs for the images under one prefix. A nil pointer, an empty string or an empty list is what [Config.Inherit]
+// fills in from the settings for everybody.
+type Publisher struct {
+	// The image names this is about, by whole segments, as in allow.
+	Prefix string `yaml:"prefix" required:"example.com/app"`
+
+	// URL templates to use without any discovery (of keys neither), as a publisher's ac-discovery tag would give them, tried in order. Not together with
+	// discovery_host or simple_discovery.
+	Templates []string `yaml:"templates"`
+
+	// Host, with or without a port, that is asked for discovery in place of the name's own.
+	DiscoveryHost string `yaml:"discovery_host"`
+
+	// Also try {name}-{version}-{os}-{arch}.{ext}, as was done before meta-discovery, when no page has a tag.
+	SimpleDiscovery bool `yaml:"simple_discovery"`
+
+	// Allow plain http: in templates, in redirects, and for discovery where nothing listens for https. Nobody can then tell who answered:
+	// signatures alone protect the images.
+	HTTP bool `yaml:"http"`
+
+	// Certificates in PEM that are trusted for this publisher beside the system's.
+	CAFile string `yaml:"ca_file"`
+
+	// As dial.timeout.
+	Timeout *Duration `yaml:"timeout"`
+
+	// Proxy to reach this publisher by: http://, https:// or socks5://host:port. Empty: as HTTP_PROXY, HTTPS_PROXY and NO_PROXY say.
+	Proxy string `yaml:"proxy"`
+
+	// Networks that may be dialled for this publisher, beyond public addresses and dial.allow.
+	AllowAddresses []netip.Prefix `yaml:"allow_addresses"`
+
+	// As trust.signature.
+	Signature string `yaml:"signature" oneof:"required optional"`
+
+	// As trust.expired.
+	Expired string `yaml:"expired" oneof:"refuse accept-if-signed-before"`
+
+	// As trust.legacy.
+	Legacy *bool `yaml:"legacy"`
+
+	// As trust.threshold.
+	Threshold *int `yaml:"threshold"`
+
+	// As fetch.delivery.
+	Delivery string `yaml:"delivery" oneof:"cut-through verify-first"`
+
+	// As freshness.ttl.
+	TTL *Duration `yaml:"ttl"`
+
+	// As freshness.max_stale.
+	MaxStale *Duration `yaml:"max_stale"`
+
+	// As freshness.on_change.
+	OnChange string `yaml:"on_change" oneof:"refuse follow"`
+
+	// As offline. It can't be false where that is true.
+	Offline *bool `yaml:"offline"`
+}
+
+// Default returns the configuration that an empty file gives.
+func Default() Config {
+	return Config{
+		Listen: []Listen{defaultListen()},
+		Dial: Dial{
+			ConnectTimeout: seconds(2),
+			Timeout:        seconds(30),
+			StallTimeout:   seconds(30),
+			MaxRedirects:   10,
+		},
+		Discovery: Discovery{
+			PositiveTTL: minutes(10),
+			NegativeTTL: seconds(30),
+			MaxPages:    10_000,
+			MaxPageSize: 1 * MiB,
+		},
+		Trust: Trust{
+			Signature: SignatureRequired,
+			Expired:   ExpiredRefuse,
+			Threshold: 1,
+		},
+		Fetch: Fetch{
+			Delivery:         DeliveryCutThrough,
+			HoldBack:         64 * KiB,
+			MaxImageSize:     20 * GiB,
+			MaxSignatureSize: 1 * MiB,
+			SignatureWait:    seconds(30),
+			Limits: Limits{
+				MaxUncompressed: 64 * GiB,
+				MaxRatio:        200,
+				MaxEntries:      1_000_000,
+				MaxManifest:     1 * MiB,
+			},
+		},
+		Freshness: Freshness{
+			TTL:      minutes(5),
+			MaxStale: minutes(60),
+			OnChange: OnChangeRefuse,
+			MaxAge:   minutes(5),
+		},
+		Cache: Cache{
+			AccessFlush: seconds(30),
+		},
+		Log: Log{
+			Level:  "info",
+			Format: LogText,
+			Access: true,
+		},
+	}
+}
+
+// defaultListen is what an address of the list is unless it says otherwise.
+func defaultListen() Listen {
+	return Listen{Address: "127.0.0.1:8080", TLS: TLSNone, Proxy: true}
+}
+
+// PublisherFor returns the settings for an image name, all of them: those of the longest prefix that covers it, completed by
+// [Config.Inherit]. Its Prefix is "" if none does.
+func (c *Config) PublisherFor(name string) Publisher {
+	var best Publisher
+	for _, p := range c.Publishers {
+		if len(p.Prefix) > len(best.Prefix) && acproxy.HasPrefix(name, p.Prefix) {
+			best = p
+		}
+	}
+	return c.Inherit(best)
+}
+
+// Inherit returns p with everything that it leaves out taken from the settings for everybody: no pointer is nil and no word is missing.
+// The addresses allowed are those of dial.allow and p's own.
+func (c *Config) Inherit(p Publisher) Publisher {
+	p.AllowAddresses = append(append([]netip.Prefix(nil), c.Dial.Allow...), p.AllowAddresses...)
+	p.Timeout = or(p.Timeout, c.Dial.Timeout)
+	p.Legacy = or(p.Legacy, c.Trust.Legacy)
+	p.Threshold = or(p.Threshold, c.Trust.Threshold)
+	p.TTL = or(p.TTL, c.Freshness.TTL)
+	p.MaxStale = or(p.MaxStale, c.Freshness.MaxStale)
+	p.Offline = or(p.Offline, c.Offline)
+	for _, word := range []struct {
+		own       *string
+		everybody string
+	}{
+		{&p.Signature, c.Trust.Signature},
+		{&p.Expired, c.Trust.Expired},
+		{&p.Delivery, c.Fetch.Delivery},
+		{&p.OnChange, c.Freshness.OnChange},
+	} {
+		if *word.own == "" {
+			*word.own = word.everybody
+		}
+	}
+	return p
+}
+
+// or returns a copy of own, or of everybody's if there is none: callers may change what they get.
+func or[T any](own *T, everybody T) *T {
+	if own != nil {
+		everybody = *own
+	}
+	return &everybody
+}
+
+func seconds(n int) Duration { return Duration(time.Duration(n) * time.Second) }
+func minutes(n int) Duration { return Duration(time.Duration(n) * time.Minute) }
