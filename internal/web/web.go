@@ -1,0 +1,410 @@
+// Package web makes acproxy's connections to publishers, within the dial rules.
+package web
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/acproxy/acproxy"
+)
+
+// Defaults of a [Config].
+const (
+	DefaultConnectTimeout = 2 * time.Second
+	DefaultTimeout        = 30 * time.Second
+	DefaultStallTimeout   = 30 * time.Second
+	DefaultMaxRedirects   = 10
+	DefaultMaxHeaderBytes = 256 << 10
+	DefaultUserAgent      = "acproxy"
+)
+
+// A Rule says how the publishers of some image names are reached.
+type Rule struct {
+	// Prefix is the image-name prefix, by segments, that the rule is for; "" matches every name. The longest matching prefix wins.
+	Prefix string
+	// HTTP allows plain http URLs, and redirects from https to http.
+	HTTP bool
+	// RootCAs are the authorities that a publisher's certificate may come from; nil means the system's.
+	RootCAs *x509.CertPool
+	// Timeout bounds the time from asking to the headers of the last answer, redirects included; 0 means Config.Timeout.
+	Timeout time.Duration
+	// Proxy is the proxy for outgoing connections; nil means what the environment says (Config.Environment).
+	Proxy *url.URL
+	// Allow lists addresses that may be dialled besides public ones.
+	Allow []netip.Prefix
+}
+
+// Config says how a Client behaves. Its fields may not change after New.
+type Config struct {
+	Rules []Rule
+	// Hosts says where hosts really are, like /etc/hosts and curl's --connect-to: "storage.example.com" or "storage.example.com:443" to
+	// "10.0.0.7", "10.0.0.7:8443" or another host name. It is the operator's own word: it goes before DNS and before a proxy, and the
+	// address is not checked. It exists because the DNS of the nodes may point a publisher's name at acproxy itself.
+	Hosts map[string]string
+	// Resolver looks up addresses; nil means net.DefaultResolver.
+	Resolver *net.Resolver
+	// Allow lists addresses that may be dialled for any name, besides public ones.
+	Allow []netip.Prefix
+
+	UserAgent string // "" means DefaultUserAgent
+	Via       string // a token unique to this server, sent in the Via header so that the server knows its own requests; "" sends none
+
+	ConnectTimeout time.Duration // for each address tried; 0 means DefaultConnectTimeout
+	Timeout        time.Duration // from asking to the headers of the last answer; 0 means DefaultTimeout
+	StallTimeout   time.Duration // a body that gives no byte for so long fails; 0 means DefaultStallTimeout
+	MaxRedirects   int           // redirects followed; 0 means DefaultMaxRedirects, less than 0 none
+	MaxHeaderBytes int64         // bytes of an answer's headers; 0 means DefaultMaxHeaderBytes
+
+	// Offline makes every request fail with acproxy.ErrOffline before any look-up or connection.
+	Offline bool
+	// DialContext connects to an address that was looked up and checked before; nil means net.Dialer's.
+	DialContext func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Environment returns the proxy for a URL if its rule names none; nil means what HTTP_PROXY, HTTPS_PROXY and NO_PROXY say,
+	// as http.ProxyFromEnvironment reads them.
+	Environment func(*url.URL) (*url.URL, error)
+}
+
+// A Client asks publishers. It is safe for concurrent use.
+type Client struct {
+	cfg    Config
+	hosts  map[string]string // Config.Hosts, the keys as dialKey writes them
+	routes []*route          // by prefix, longest first; the last one matches every name
+}
+
+// A route is a Rule with connections of its own: what one rule trusts must not answer for another.
+type route struct {
+	client    *Client
+	rule      Rule
+	allow     []netip.Prefix
+	transport *http.Transport
+}
+
+// What cancels a request on our side. They are told apart from the caller's own cancellation by context.Cause.
+var (
+	errSlow    = errors.New("no answer in time")
+	errStalled = errors.New("the body stalled")
+)
+
+// New returns a Client. Close drops its idle connections.
+func New(cfg Config) *Client {
+	cfg.ConnectTimeout = orDefault(cfg.ConnectTimeout, DefaultConnectTimeout)
+	cfg.Timeout = orDefault(cfg.Timeout, DefaultTimeout)
+	cfg.StallTimeout = orDefault(cfg.StallTimeout, DefaultStallTimeout)
+	cfg.MaxRedirects = orDefault(cfg.MaxRedirects, DefaultMaxRedirects)
+	cfg.MaxHeaderBytes = orDefault(cfg.MaxHeaderBytes, DefaultMaxHeaderBytes)
+	cfg.UserAgent = orDefault(cfg.UserAgent, DefaultUserAgent)
+	if cfg.Resolver == nil {
+		cfg.Resolver = net.DefaultResolver
+	}
+	if cfg.DialContext == nil {
+		cfg.DialContext = (&net.Dialer{}).DialContext
+	}
+	if cfg.Environment == nil {
+		cfg.Environment = func(u *url.URL) (*url.URL, error) { return http.ProxyFromEnvironment(&http.Request{URL: u}) }
+	}
+	c := &Client{cfg: cfg, hosts: make(map[string]string, len(cfg.Hosts))}
+	for host, where := range cfg.Hosts {
+		c.hosts[normalHost(host)] = where
+	}
+	for _, rule := range cfg.Rules {
+		c.routes = append(c.routes, c.newRoute(rule))
+	}
+	c.routes = append(c.routes, c.newRoute(Rule{}))
+	slices.SortStableFunc(c.routes, func(a, b *route) int { return len(b.rule.Prefix) - len(a.rule.Prefix) })
+	return c
+}
+
+func orDefault[T comparable](v, fallback T) T {
+	var zero T
+	if v == zero {
+		return fallback
+	}
+	return v
+}
+
+func (c *Client) newRoute(rule Rule) *route {
+	rule.Prefix = strings.TrimSuffix(rule.Prefix, "/")
+	rule.Timeout = orDefault(rule.Timeout, c.cfg.Timeout)
+	r := &route{client: c, rule: rule, allow: slices.Concat(c.cfg.Allow, rule.Allow)}
+	r.transport = &http.Transport{
+		Proxy:                  func(req *http.Request) (*url.URL, error) { return proxyOf(req.Context()), nil },
+		DialContext:            r.dial,
+		TLSClientConfig:        &tls.Config{RootCAs: rule.RootCAs},
+		TLSHandshakeTimeout:    rule.Timeout,
+		DisableCompression:     true, // the signature is over the bytes as published, whatever they are
+		ForceAttemptHTTP2:      true,
+		MaxIdleConnsPerHost:    16,
+		IdleConnTimeout:        90 * time.Second,
+		MaxResponseHeaderBytes: c.cfg.MaxHeaderBytes,
+		OnProxyConnectResponse: checkConnect,
+		// A dead HTTP/2 connection would otherwise be given to one request after another until the kernel notices.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
+	}
+	return r
+}
+
+// Dial connects to host:port for somebody else's connection, within the dial rules for no name in particular. The caller closes the connection.
+// Errors are those of Get.
+func (c *Client) Dial(ctx context.Context, hostport string) (net.Conn, error) {
+	if c.cfg.Offline {
+		return nil, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "this side is set to be offline and does not connect to " + hostport}
+	}
+	conn, err := c.route("").dial(ctx, "tcp", hostport)
+	if err == nil {
+		return conn, nil
+	}
+	if acproxy.KindOf(err) != nil || ctx.Err() != nil {
+		return nil, err
+	}
+	return nil, &acproxy.Error{Kind: acproxy.ErrPublisher, Code: "publisher-unreachable", Detail: "connecting to " + hostport, Err: err}
+}
+
+// Close drops the idle connections. Bodies still open stay readable.
+func (c *Client) Close() {
+	for _, r := range c.routes {
+		r.transport.CloseIdleConnections()
+	}
+}
+
+// Rule returns the rule that is used for an image name, with the client's defaults filled in. Two names with the same Prefix there share
+// connections, and answers got for one may be used for the other.
+func (c *Client) Rule(name string) Rule { return c.route(name).rule }
+
+func (c *Client) route(name string) *route {
+	for _, r := range c.routes {
+		if acproxy.HasPrefix(name, r.rule.Prefix) {
+			return r
+		}
+	}
+	return c.routes[len(c.routes)-1] // cannot happen: the last one matches every name
+}
+
+// Get asks for a URL on behalf of an image name, whose rule decides how, and follows redirects. what says in the trace what is asked for,
+// as [acproxy.Attempt] lists it. The trace has one attempt for each URL asked.
+//
+// An answer of any status is returned without an error, except the redirects that were followed (301, 302, 303, 307 and 308 with a
+// Location); nothing is decoded. The caller closes its body. Reading the body fails as Get does: with an error matching
+// [acproxy.ErrTimeout] if it stalls and [acproxy.ErrPublisher] if it ends short.
+//
+// The header goes with every request, except that Authorization, Cookie and Proxy-Authorization do not follow a redirect to another
+// origin (scheme, host and port, RFC 6454).
+//
+// Errors match [acproxy.ErrOffline], [acproxy.ErrRefused] if the dial rules forbid it, [acproxy.ErrTimeout], [acproxy.ErrPublisher], or
+// the error of ctx if that was what ended it. Those that are an [acproxy.Error] carry the trace too.
+func (c *Client) Get(ctx context.Context, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	a := &asking{route: c.route(name), what: what, header: c.header(header), ctx: ctx, cancel: cancel}
+	resp, err := a.ask(rawURL)
+	if err != nil {
+		cancel(nil)
+		return nil, a.trace, err
+	}
+	return resp, a.trace, nil
+}
+
+func (c *Client) header(given http.Header) http.Header {
+	h := given.Clone()
+	if h == nil {
+		h = make(http.Header)
+	}
+	h.Set("User-Agent", c.cfg.UserAgent)
+	// Without a word about it, a server may choose any coding (RFC 9110, section 12.5.3).
+	h.Set("Accept-Encoding", "identity")
+	if c.cfg.Via != "" {
+		h.Add("Via", "1.1 "+c.cfg.Via)
+	}
+	return h
+}
+
+// asking is one Get in progress.
+type asking struct {
+	route  *route
+	what   string
+	header http.Header
+	trace  acproxy.Trace
+
+	ctx    context.Context // the caller's, and cancelled by us with errSlow or errStalled as its cause
+	cancel context.CancelCauseFunc
+}
+
+func (a *asking) ask(rawURL string) (*http.Response, error) {
+	cfg := &a.route.client.cfg
+	if cfg.Offline {
+		return nil, a.refuse(rawURL, acproxy.ErrOffline, "offline", "this side is set to be offline and asks no publisher for "+Redacted(rawURL))
+	}
+	slow := time.AfterFunc(a.route.rule.Timeout, func() { a.cancel(errSlow) })
+	defer slow.Stop()
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		return nil, a.refuse(rawURL, acproxy.ErrPublisher, "bad-url", fmt.Sprintf("%s is not a URL: %v", Redacted(rawURL), parseReason(rawURL, err)))
+	}
+	for redirects := 0; ; redirects++ {
+		if err := a.check(u); err != nil {
+			return nil, err
+		}
+		resp, err := a.hop(u)
+		if err != nil {
+			return nil, err
+		}
+		location := resp.Header.Get("Location")
+		if location == "" || !isRedirect(resp.StatusCode) {
+			resp.Body = a.body(resp.Body)
+			return resp, nil
+		}
+		// A short body read to its end leaves the connection usable for the next request.
+		_, _ = io.CopyN(io.Discard, resp.Body, 2<<10)
+		_ = resp.Body.Close()
+		last := &a.trace[len(a.trace)-1]
+		next, err := u.Parse(location)
+		if err != nil {
+			last.Err = "it redirects to what is not a URL: " + parseReason(location, err)
+			return nil, a.fail(acproxy.ErrPublisher, "bad-redirect", fmt.Sprintf("%s: %s", last.URL, last.Err), nil)
+		}
+		next.Fragment, next.RawFragment = "", ""
+		last.Note = "redirects to " + Redacted(next.String())
+		if redirects >= cfg.MaxRedirects {
+			last.Err = fmt.Sprintf("more than %d redirects", max(cfg.MaxRedirects, 0))
+			return nil, a.fail(acproxy.ErrPublisher, "too-many-redirects", fmt.Sprintf("%s leads to %s", a.trace[0].URL, last.Err), nil)
+		}
+		if u.Scheme == "https" && next.Scheme == "http" && !a.route.rule.HTTP {
+			last.Err = "refused: it leads from https to http"
+			return nil, a.fail(acproxy.ErrRefused, "insecure-url", fmt.Sprintf("%s redirects from https to %s, which http allowed for this image name would permit",
+				last.URL, Redacted(next.String())), nil)
+		}
+		if origin(u) != origin(next) {
+			for _, secret := range []string{"Authorization", "Cookie", "Proxy-Authorization"} {
+				a.header.Del(secret)
+			}
+		}
+		u = next
+	}
+}
+
+func isRedirect(status int) bool {
+	switch status {
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		return true
+	}
+	return false
+}
+
+// origin returns the origin of a URL (RFC 6454, section 4) as text.
+func origin(u *url.URL) string {
+	return u.Scheme + "://" + normalHost(u.Hostname()) + ":" + portOf(u)
+}
+
+func portOf(u *url.URL) string {
+	if port := u.Port(); port != "" {
+		return port
+	}
+	if u.Scheme == "http" {
+		return "80"
+	}
+	return "443"
+}
+
+// check returns an error if the rules forbid asking for a URL, whoever it leads to.
+func (a *asking) check(u *url.URL) error {
+	shown := Redacted(u.String())
+	switch {
+	case u.Scheme != "https" && u.Scheme != "http":
+		return a.refuse(shown, acproxy.ErrRefused, "unsupported-scheme", fmt.Sprintf("%s: only https and http URLs are fetched, not %q", shown, u.Scheme))
+	case u.User != nil:
+		return a.refuse(shown, acproxy.ErrRefused, "credentials-in-url", shown+" came with a user name or password in it: credentials belong in the configuration, never in a URL")
+	case u.Scheme == "http" && !a.route.rule.HTTP:
+		return a.refuse(shown, acproxy.ErrRefused, "insecure-url", shown+" is plain http, which is not allowed for this image name")
+	case u.Hostname() == "" || strings.HasSuffix(u.Host, ":"):
+		return a.refuse(shown, acproxy.ErrPublisher, "bad-url", shown+" names no host, or a port that is no number")
+	}
+	return nil
+}
+
+// hop asks for one URL and records the attempt.
+func (a *asking) hop(u *url.URL) (*http.Response, error) {
+	began := time.Now()
+	a.trace = append(a.trace, acproxy.Attempt{What: a.what, URL: Redacted(u.String())})
+	last := &a.trace[len(a.trace)-1]
+	proxy, err := a.route.proxy(u)
+	if err == nil {
+		var resp *http.Response
+		req := (&http.Request{Method: http.MethodGet, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
+			WithContext(withProxy(a.ctx, proxy))
+		resp, err = a.route.transport.RoundTrip(req)
+		// What a server says because we hung up is no answer, though it may still reach us: climbing on such a 404 would be wrong.
+		if err == nil && a.ctx.Err() != nil {
+			_ = resp.Body.Close()
+			err = a.ctx.Err()
+		}
+		if err == nil {
+			last.Status, last.Took = resp.StatusCode, time.Since(began)
+			return resp, nil
+		}
+	}
+	last.Took = time.Since(began)
+	return nil, a.explain(err, "asking for "+last.URL)
+}
+
+// refuse records an attempt that was not made and returns why.
+func (a *asking) refuse(rawURL string, kind error, code, detail string) error {
+	a.trace = append(a.trace, acproxy.Attempt{What: a.what, URL: Redacted(rawURL), Err: detail})
+	return a.fail(kind, code, detail, nil)
+}
+
+func (a *asking) fail(kind error, code, detail string, cause error) error {
+	return &acproxy.Error{Kind: kind, Code: code, Detail: detail, Trace: slices.Clone(a.trace), Err: cause}
+}
+
+// body returns the answer's body, wrapped so that it fails when it stalls and its errors are ours.
+func (a *asking) body(rc io.ReadCloser) io.ReadCloser {
+	stall := a.route.client.cfg.StallTimeout
+	timer := time.AfterFunc(stall, func() { a.cancel(errStalled) })
+	timer.Stop()
+	return &body{rc: rc, asking: a, timer: timer, stall: stall}
+}
+
+// A body reads an answer. The timer runs only while somebody waits in Read: a reader who takes his time is not the publisher's fault.
+type body struct {
+	rc     io.ReadCloser
+	asking *asking
+	timer  *time.Timer
+	stall  time.Duration
+	whole  bool // the end was read
+}
+
+// Read reads as the answer's body does.
+func (b *body) Read(p []byte) (int, error) {
+	b.timer.Reset(b.stall)
+	n, err := b.rc.Read(p)
+	b.timer.Stop()
+	// A server that sees us hang up may end its body in good order, and that end may still reach us: one that comes after the request was
+	// cancelled is not the end of the body.
+	if err == io.EOF && b.asking.ctx.Err() == nil {
+		b.whole = true
+	}
+	if err == nil || err == io.EOF && b.whole {
+		return n, err
+	}
+	a := *b.asking
+	// The trace that Get returned is the caller's by now.
+	a.trace = slices.Clone(a.trace)
+	return n, a.explain(err, "reading the body of "+a.trace[len(a.trace)-1].URL)
+}
+
+// Close ends the request.
+func (b *body) Close() error {
+	err := b.rc.Close()
+	b.timer.Stop()
+	b.asking.cancel(nil)
+	return err
+}
