@@ -72,15 +72,19 @@ func (OS) SyncDir(dir string) error {
 }
 
 // WriteFile replaces name with data: after a crash at any moment name holds the old content or the new, and once WriteFile has returned
-// nil, the new. A nil fsys means OS.
+// nil, the new. A nil fsys means OS. The temporary file stands beside name.
 //
 //	create .tmp-… ─▶ write ─▶ fsync ─▶ close ─▶ rename over name ─▶ fsync directory
-func WriteFile(fsys FS, name string, data []byte, perm fs.FileMode) (err error) {
+func WriteFile(fsys FS, name string, data []byte, perm fs.FileMode) error {
+	return Replace(fsys, filepath.Join(filepath.Dir(name), TempPrefix+rand.Text()), name, data, perm)
+}
+
+// Replace is [WriteFile] with a temporary file that the caller names: one that must not exist yet, on the same file system. After a crash it
+// may be left over.
+func Replace(fsys FS, temp, name string, data []byte, perm fs.FileMode) (err error) {
 	if fsys == nil {
 		fsys = OS{}
 	}
-	dir := filepath.Dir(name)
-	temp := filepath.Join(dir, TempPrefix+rand.Text())
 	f, err := fsys.Create(temp, perm)
 	if err != nil {
 		return err
@@ -101,5 +105,5 @@ func WriteFile(fsys FS, name string, data []byte, perm fs.FileMode) (err error) 
 	if err := fsys.Rename(temp, name); err != nil {
 		return err
 	}
-	return fsys.SyncDir(dir)
+	return fsys.SyncDir(filepath.Dir(name))
 }

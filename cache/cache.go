@@ -1,0 +1,223 @@
+// Package cache keeps images on disk: the exact bytes, what is known of them, and an index that can be lost.
+package cache
+
+import (
+	"context"
+	"errors"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/acproxy/acproxy"
+)
+
+// A Record is what a store knows of an image. Records are values, but the maps and slices of one that a Store returned are shared with
+// others: they must not be changed. [Store.Update] hands out a copy that may be.
+type Record struct {
+	Digest  acproxy.Digest  `json:"digest"`  // of the exact bytes published
+	ImageID acproxy.ImageID `json:"imageID"` // zero until the image was inspected
+
+	Name         string            `json:"name"`             // the manifest's
+	Labels       map[string]string `json:"labels,omitempty"` // the manifest's
+	Dependencies []Dependency      `json:"dependencies,omitempty"`
+	Size         int64             `json:"size"`                   // bytes of the blob
+	Compression  string            `json:"compression,omitempty"`  // of the blob, "" until it was inspected
+	Uncompressed int64             `json:"uncompressed,omitempty"` // bytes of the tar, 0 until it was inspected
+
+	Signed          bool           `json:"signed"`
+	SignatureDigest acproxy.Digest `json:"signatureDigest"` // SHA-256 of the signature as published; zero without one
+	Signers         []Signer       `json:"signers,omitempty"`
+	RktWarning      string         `json:"rktWarning,omitempty"` // why rkt's own check will refuse what is accepted here
+	// Hashed are the hash states from which the signature can be judged again without reading the blob.
+	Hashed map[string][]byte `json:"hashed,omitempty"`
+
+	Source   string    `json:"source,omitempty"` // the URL it came from
+	Modified time.Time `json:"modified,omitzero"`
+	ETag     string    `json:"etag,omitempty"`
+
+	Fetched  time.Time `json:"fetched,omitzero"`
+	Verified time.Time `json:"verified,omitzero"`
+	// Used is when the image was last touched. It is kept apart and written in batches: [Store.Record] and [Disk.Images] bring it up to date,
+	// other look-ups leave it as it was when the record last changed.
+	Used time.Time `json:"used,omitzero"`
+
+	Inspected bool   `json:"inspected"` // image ID and tar rules have been checked
+	Pinned    bool   `json:"pinned,omitempty"`
+	State     State  `json:"state"`
+	Code      string `json:"code,omitempty"`   // why it is quarantined, for programs
+	Reason    string `json:"reason,omitempty"` // why it is quarantined, for people
+}
+
+// State says whether an image may be served.
+type State string
+
+const (
+	OK          State = "ok"
+	Quarantined State = "quarantined"
+)
+
+// The codes of images that are quarantined because their bytes are not there. Such an image counts as not found, so that it is fetched again.
+const (
+	CodeMissing = "blob-missing" // the blob's file is gone
+	CodeDamaged = "blob-damaged" // the blob's file has another size than was written; it was moved to the quarantine directory
+)
+
+// Quarantined reports whether the image must not be served. Its bytes are kept.
+func (r Record) Quarantined() bool { return r.State == Quarantined }
+
+// lost reports whether the image's bytes are not there any more.
+func (r Record) lost() bool {
+	return r.Quarantined() && (r.Code == CodeMissing || r.Code == CodeDamaged)
+}
+
+// A Dependency is another image that an image needs (appc specification, "Image Manifest Schema", dependencies).
+type Dependency struct {
+	Name    string            `json:"name"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	ImageID acproxy.ImageID   `json:"imageID"`        // zero if the manifest leaves it open
+	Size    int64             `json:"size,omitempty"` // bytes, 0 if the manifest leaves it open
+}
+
+// A Signer is a trusted key whose signature over an image was found good.
+type Signer struct {
+	Fingerprint string    `json:"fingerprint"` // of the primary key, lower-case hex
+	KeyID       string    `json:"keyID,omitempty"`
+	UserID      string    `json:"userID,omitempty"`
+	Prefix      string    `json:"prefix"` // the prefix for which the key is trusted
+	Signed      time.Time `json:"signed,omitzero"`
+	Algorithm   string    `json:"algorithm,omitempty"`
+}
+
+// A Resolution is what a ref answers.
+type Resolution struct {
+	Ref       acproxy.Ref    `json:"ref"`
+	Digest    acproxy.Digest `json:"digest"`
+	Source    string         `json:"source,omitempty"` // the URL that the ref stood for at its publisher
+	Modified  time.Time      `json:"modified,omitzero"`
+	Validated time.Time      `json:"validated,omitzero"` // when the publisher last said that this is still the answer
+	Gone      time.Time      `json:"gone,omitzero"`      // since when the publisher has said that there is no such image; zero if it hasn't
+	// Validators are what the publisher sent to compare with later, by names that the fetching side chooses.
+	Validators map[string]string `json:"validators,omitempty"`
+	// Pointed orders the answers that one ref has had. The store sets it.
+	Pointed int64 `json:"pointed"`
+}
+
+// A Template is one endpoint that a publisher's discovery page names.
+type Template struct {
+	Prefix string `json:"prefix"`
+	URL    string `json:"url"`
+}
+
+// Discovered is what meta-discovery has found out about an image name.
+type Discovered struct {
+	Name      string     `json:"name"`
+	Templates []Template `json:"templates,omitempty"` // in the publisher's order
+	Keys      []string   `json:"keys,omitempty"`      // URLs of keys
+	Page      string     `json:"page,omitempty"`      // the URL of the page that said so
+	When      time.Time  `json:"when,omitzero"`
+}
+
+// Refused is an image that was not accepted, and why.
+type Refused struct {
+	Ref    acproxy.Ref `json:"ref"`
+	When   time.Time   `json:"when"`
+	Code   string      `json:"code"`
+	Detail string      `json:"detail"`
+	Source string      `json:"source,omitempty"`
+	Signer string      `json:"signer,omitempty"`
+}
+
+// MaxRefusals is how many refusals a store remembers.
+const MaxRefusals = 1000
+
+// Usage is the space that a store takes, in bytes of whole file system blocks, and what it holds.
+type Usage struct {
+	Blobs       int64 `json:"blobs"`
+	Sidecars    int64 `json:"sidecars"`
+	Index       int64 `json:"index"`
+	Partials    int64 `json:"partials"`
+	Quarantine  int64 `json:"quarantine"`  // the quarantine directory; quarantined images whose bytes are whole count as blobs
+	Images      int64 `json:"images"`      // number of images, quarantined ones included
+	Quarantined int64 `json:"quarantined"` // number of quarantined images
+}
+
+// Total returns the sum of all bytes.
+func (u Usage) Total() int64 { return u.Blobs + u.Sidecars + u.Index + u.Partials + u.Quarantine }
+
+// A Store holds images. It is safe for concurrent use. What a method reports as done survives a crash from then on, access times and
+// refusals excepted.
+type Store interface {
+	// Resolve returns what a ref answers and the image. The image may be quarantined: whoever serves it has to look. It returns an error
+	// matching [acproxy.ErrNotFound] if the ref has no answer or the answer's bytes are gone. While the store isn't [Store.Ready] it waits
+	// before it says so.
+	Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record, error)
+	// Ready waits until the store can say what it does not hold; what it is known to hold can be had before.
+	Ready(ctx context.Context) error
+
+	// Record returns an image by its digest, or an error matching [acproxy.ErrNotFound].
+	Record(digest acproxy.Digest) (Record, error)
+	// ByImageID returns the images whose image ID begins with some hex digits, quarantined ones too; none is no error. Whether several are
+	// one too many is for the caller to say. At most a hundred are returned.
+	ByImageID(hexPrefix string) ([]Record, error)
+	// BySignature returns an image that came with exactly this signature, given by its SHA-256. Quarantined images don't count.
+	BySignature(signature acproxy.Digest) (acproxy.Digest, bool)
+	// Match returns the images that a ref may be answered with: their manifests' name and labels are as it asks. Quarantined ones are not
+	// among them.
+	Match(ref acproxy.Ref) ([]Record, error)
+	// HasName reports whether any image with this name is held, be it quarantined.
+	HasName(name string) (bool, error)
+	// Uninspected returns the images whose inspection is not finished, quarantined ones excepted.
+	Uninspected() ([]Record, error)
+	// Manifest returns the image manifest as it is in the image, or an error matching [acproxy.ErrNotFound].
+	Manifest(digest acproxy.Digest) ([]byte, error)
+	// Signature returns the signature as published, or an error matching [acproxy.ErrNotFound] if there is none.
+	Signature(digest acproxy.Digest) ([]byte, error)
+	// OpenBlob opens the exact bytes of an image, quarantined or not. The caller closes the file. It returns an error matching
+	// [acproxy.ErrNotFound] if they are not there, or not all of them; the image is quarantined then.
+	OpenBlob(digest acproxy.Digest) (*os.File, error)
+
+	// Begin starts an image that is about to arrive. The caller ends it with Commit or Discard.
+	Begin(ctx context.Context) (*Partial, error)
+	// Point makes refs answer what is held already, or changes what is known of an answer. It returns an error matching
+	// [acproxy.ErrNotFound] if an image is not held.
+	Point(ctx context.Context, resolutions ...Resolution) error
+	// Update changes a record by calling change with a copy, more than once if somebody else changes it at the same time. The digest can't
+	// change. It returns change's error, and one matching [acproxy.ErrNotFound] if the image is not held.
+	Update(ctx context.Context, digest acproxy.Digest, change func(*Record) error) error
+	// Quarantine marks an image as not to be served and keeps it.
+	Quarantine(ctx context.Context, digest acproxy.Digest, code, reason string) error
+	// Restore takes the mark away again. An image whose bytes are gone stays quarantined, which is an error matching [acproxy.ErrNotFound].
+	Restore(ctx context.Context, digest acproxy.Digest) error
+	// Touch notes that an image was used now.
+	Touch(digest acproxy.Digest)
+
+	// Learn keeps what discovery has found out about a name, in place of what was known.
+	Learn(found Discovered) error
+	// Known returns what discovery has found out about a name.
+	Known(name string) (Discovered, bool)
+	// KnownUnderHost returns what is known of names at a host: those that begin with it, and those with a template whose URL is there.
+	KnownUnderHost(host string) []Discovered
+
+	// Refuse notes a refusal. The last [MaxRefusals] are kept.
+	Refuse(refused Refused) error
+	// Refusals returns the refusals, the latest first.
+	Refusals() ([]Refused, error)
+}
+
+var errClosed = errors.New("the store is closed")
+
+func notFound(code, detail string) error {
+	return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: code, Detail: detail}
+}
+
+func notHeld(digest acproxy.Digest) error {
+	return notFound("not-held", "no image with digest "+digest.String()+" is held")
+}
+
+// noSpace gives an error that comes from a full disk, or a user's exhausted quota, its kind. Others are returned as they are.
+func noSpace(err error) error {
+	if !errors.Is(err, acproxy.ErrNoSpace) && (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) {
+		return &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: "disk-full", Detail: "the disk of the store is full: free some of it, or move the store", Err: err}
+	}
+	return err
+}

@@ -1,0 +1,537 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/durable"
+)
+
+// Version is the layout of a store's directory that this package reads and writes.
+const Version = 1
+
+// DefaultFlushEvery is how often access times are written.
+const DefaultFlushEvery = 30 * time.Second
+
+const (
+	filePerm fs.FileMode = 0o640
+	dirPerm  fs.FileMode = 0o750
+)
+
+// The names in a store's directory. Nothing that somebody outside chose becomes part of a file's name.
+const (
+	versionFile   = "VERSION"
+	lockFile      = "lock"
+	indexFile     = "index.db"
+	blobDir       = "blobs"      // 256 directories, named by the first byte of a digest: the blob by its digest, and beside it its sidecar
+	nameDir       = "names"      // what discovery found out about names, by the SHA-256 of the name
+	partialDir    = "partial"    // everything that isn't whole yet
+	quarantineDir = "quarantine" // broken files, each with a file that says why
+	sidecarExt    = ".json"
+	reasonExt     = ".reason"
+)
+
+// Options are the choices in opening a store. The zero value is fine.
+type Options struct {
+	FS         durable.FS       // nil means the operating system's
+	Log        *slog.Logger     // nil means slog.Default
+	Now        func() time.Time // nil means time.Now
+	FlushEvery time.Duration    // how often access times are written; 0 means DefaultFlushEvery
+}
+
+// A Disk is a store in one directory. It is safe for concurrent use by one process; a second one can't open the same directory.
+//
+// The directory's truth is in the blobs and their sidecars. The index makes it fast to ask; where it is missing or broken it is set aside and
+// made again, beside the serving of what is known already. A look-up that finds nothing waits for that, so that nothing is reported missing
+// that isn't.
+type Disk struct {
+	dir        string
+	fsys       durable.FS
+	log        *slog.Logger
+	now        func() time.Time
+	flushEvery time.Duration
+	lock       *os.File
+
+	// ctx is the life of the background work; Close cancels it and waits for wg.
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	locks     locks      // by digest, of an image's files and rows; by the digest of a name, of its file and row. Nobody waits for a second while holding one.
+	replacing sync.Mutex // held while one index takes the place of another
+
+	mu       sync.Mutex
+	ix       *index
+	settled  bool          // the index has been verified, and knows of everything
+	changed  chan struct{} // closed and replaced when more is known than before
+	closed   bool
+	touched  map[acproxy.Digest]time.Time
+	partials map[*Partial]struct{}
+	pointed  int64 // the last number given to a Resolution
+}
+
+var _ Store = (*Disk)(nil)
+
+// Open opens the store in a directory, and makes it if there is none. It returns without having looked at the images, however many; what it
+// finds out about them behind, it says in the log. A directory that another process has open, or that a newer version of acproxy has written,
+// is an error that says so. The caller closes it.
+func Open(dir string, opts Options) (*Disk, error) {
+	d := &Disk{
+		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery,
+		changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time), partials: make(map[*Partial]struct{}),
+	}
+	if d.fsys == nil {
+		d.fsys = durable.OS{}
+	}
+	if d.log == nil {
+		d.log = slog.Default()
+	}
+	if d.now == nil {
+		d.now = time.Now
+	}
+	if d.flushEvery == 0 {
+		d.flushEvery = DefaultFlushEvery
+	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	if err := d.open(); err != nil {
+		d.cancel()
+		if d.lock != nil {
+			err = errors.Join(err, d.lock.Close())
+		}
+		return nil, fmt.Errorf("opening the store in %s: %w", dir, noSpace(err))
+	}
+	return d, nil
+}
+
+func (d *Disk) open() error {
+	if err := d.fsys.MkdirAll(d.dir, dirPerm); err != nil {
+		return err
+	}
+	if err := d.lockDir(); err != nil {
+		return err
+	}
+	if err := d.layOut(); err != nil {
+		return err
+	}
+	leftovers, err := os.ReadDir(d.path(partialDir))
+	if err != nil {
+		return err
+	}
+	ix, err := openIndex(d.path(indexFile))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		d.log.Info("the index is made from what is in the store", "dir", d.dir)
+		ix, err = d.newIndex()
+	case errors.Is(err, errPages):
+		ix, err = d.anotherIndex(err)
+	}
+	if err != nil {
+		return err
+	}
+	d.ix = ix
+	// Each ends with its work or with ctx, which Close cancels before it waits.
+	d.wg.Go(func() { d.begin(ix) })
+	d.wg.Go(d.flusher)
+	d.wg.Go(func() { d.clean(leftovers) })
+	return nil
+}
+
+// path returns the path of something in the store's directory.
+func (d *Disk) path(elem ...string) string {
+	return filepath.Join(append([]string{d.dir}, elem...)...)
+}
+
+func shard(digest acproxy.Digest) string { return digest.Hex()[:2] }
+
+func (d *Disk) blobPath(digest acproxy.Digest) string {
+	return d.path(blobDir, shard(digest), digest.Hex())
+}
+
+func (d *Disk) sidecarPath(digest acproxy.Digest) string { return d.blobPath(digest) + sidecarExt }
+
+// temp returns the name of a file that doesn't exist yet.
+func (d *Disk) temp() string { return d.path(partialDir, rand.Text()) }
+
+// lockDir makes sure that no other process works in the directory. The lock ends with the process, however it ends.
+func (d *Disk) lockDir() error {
+	f, err := os.OpenFile(d.path(lockFile), os.O_RDWR|os.O_CREATE, filePerm)
+	if err != nil {
+		return err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return errors.Join(err, f.Close())
+		}
+		pid, _ := io.ReadAll(io.LimitReader(f, 32))
+		return errors.Join(fmt.Errorf("process %s has it open: stop that one first, or use another directory", orUnknown(pid)), f.Close())
+	}
+	d.lock = f
+	// The number is for people; the lock does without.
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	return err
+}
+
+func orUnknown(pid []byte) string {
+	if pid = bytes.TrimSpace(pid); len(pid) > 0 {
+		return string(pid)
+	}
+	return "(unknown)"
+}
+
+// layOut makes the directories that are missing, and checks the version of those that aren't.
+func (d *Disk) layOut() error {
+	b, err := readSmall(d.path(versionFile), 64)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return err
+	default:
+		version, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil || version < 1 {
+			return fmt.Errorf("%s holds %q, which is not the version of a store", d.path(versionFile), b)
+		}
+		if version > Version {
+			return fmt.Errorf("it was written by a newer acproxy: it has version %d, this one reads up to %d; use the newer one", version, Version)
+		}
+	}
+	made := errors.Is(err, fs.ErrNotExist)
+	for i := range 256 {
+		if err := d.fsys.MkdirAll(d.path(blobDir, fmt.Sprintf("%02x", i)), dirPerm); err != nil {
+			return err
+		}
+	}
+	if err := d.fsys.SyncDir(d.path(blobDir)); err != nil {
+		return err
+	}
+	for _, dir := range []string{nameDir, partialDir, quarantineDir} {
+		if err := d.fsys.MkdirAll(d.path(dir), dirPerm); err != nil {
+			return err
+		}
+	}
+	if err := d.fsys.SyncDir(d.dir); err != nil {
+		return err
+	}
+	if !made {
+		return nil
+	}
+	if err := d.fsys.SyncDir(filepath.Dir(d.dir)); err != nil {
+		return err
+	}
+	return durable.Replace(d.fsys, d.temp(), d.path(versionFile), []byte(strconv.Itoa(Version)+"\n"), filePerm)
+}
+
+// clean removes what was being written when the store was last open.
+func (d *Disk) clean(leftovers []fs.DirEntry) {
+	for _, entry := range leftovers {
+		if d.ctx.Err() != nil {
+			return
+		}
+		d.log.Info("removing what was not finished", "file", entry.Name())
+		if err := d.fsys.Remove(d.path(partialDir, entry.Name())); err != nil {
+			d.log.Error("removing what was not finished", "file", entry.Name(), "err", err)
+		}
+	}
+}
+
+// newIndex makes an empty index and opens it.
+func (d *Disk) newIndex() (*index, error) {
+	if err := createIndex(d.fsys, d.temp(), d.path(indexFile)); err != nil {
+		return nil, fmt.Errorf("making an index: %w", err)
+	}
+	return openIndex(d.path(indexFile))
+}
+
+// anotherIndex sets the index aside and makes an empty one.
+func (d *Disk) anotherIndex(cause error) (*index, error) {
+	aside := brokenName(d.path(indexFile), d.now())
+	d.log.Error("the index is set aside and made again from the sidecars", "kept", aside, "err", cause)
+	if err := d.fsys.Rename(d.path(indexFile), aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	return d.newIndex()
+}
+
+// replace puts an empty index into the place of one that was found broken, unless somebody else has done so, and has it filled.
+func (d *Disk) replace(ix *index, cause error) error {
+	d.replacing.Lock()
+	defer d.replacing.Unlock()
+	d.mu.Lock()
+	current, closed := d.ix, d.closed
+	d.mu.Unlock()
+	switch {
+	case closed:
+		return errClosed
+	case current != ix:
+		return nil
+	}
+	another, err := d.anotherIndex(cause)
+	if err != nil {
+		return fmt.Errorf("replacing the index: %w", noSpace(err))
+	}
+	d.mu.Lock()
+	if closed = d.closed; !closed {
+		d.ix, d.settled = another, false
+		// Started under mu, so that Close, which sets closed under it, waits for them. The first ends when the last reader of the old index does.
+		d.wg.Go(func() { d.retire(ix) })
+		d.wg.Go(func() { d.begin(another) })
+	}
+	d.mu.Unlock()
+	if closed {
+		return errors.Join(errClosed, another.close())
+	}
+	return nil
+}
+
+func (d *Disk) retire(ix *index) {
+	if err := ix.close(); err != nil {
+		d.log.Error("closing the index that was set aside", "err", err)
+	}
+}
+
+// begin checks an index, fills in what it doesn't know, and makes it one whose silence can be believed.
+func (d *Disk) begin(ix *index) {
+	const pause = 10 * time.Second
+	for {
+		err := d.settle(ix)
+		switch {
+		case err == nil, errors.Is(err, errClosed), d.ctx.Err() != nil:
+			return
+		case errors.Is(err, errPages):
+			if err = d.replace(ix, err); err == nil {
+				return
+			}
+		}
+		d.log.Error("making the index complete: what is in it is served, what isn't waits", "again in", pause, "err", err)
+		select {
+		case <-time.After(pause):
+		case <-d.ctx.Done():
+			return
+		}
+	}
+}
+
+func (d *Disk) settle(ix *index) error {
+	var complete, unclean bool
+	select {
+	case <-ix.safe: // this is not the first try, and what the first one saw is no longer sure
+	default:
+		if err := ix.check(d.ctx); err != nil {
+			return err
+		}
+		err := ix.peek(func(tx *bolt.Tx) error {
+			fits, err := isState(tx, stateSchema)
+			if err == nil && !fits {
+				err = broken("it is of another version than %d", schema)
+			}
+			if err == nil {
+				complete, err = isState(tx, stateComplete)
+			}
+			if err == nil {
+				unclean, err = isState(tx, stateOpen)
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		ix.release()
+		d.announce(ix, false)
+	}
+	start := d.now()
+	if err := ix.verify(d.ctx); err != nil {
+		return err
+	}
+	if !complete || unclean {
+		if err := d.sweep(ix, complete); err != nil {
+			return err
+		}
+	}
+	err := ix.update(func(tx *bolt.Tx) error { return setState(tx, stateComplete) })
+	if errors.Is(err, errPages) || err != nil && !complete {
+		return err
+	}
+	if err != nil {
+		d.log.Error("the index can be read, but not written", "err", err)
+	}
+	d.announce(ix, true)
+	d.log.Debug("the index is complete", "took", d.now().Sub(start), "rebuilt", !complete, "swept", unclean)
+	return nil
+}
+
+// announce wakes those who wait for more to be known.
+func (d *Disk) announce(ix *index, settled bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ix != ix {
+		return
+	}
+	d.settled = settled
+	close(d.changed)
+	d.changed = make(chan struct{})
+}
+
+// knowledge returns whether the store knows all it holds, and what is closed when it knows more.
+func (d *Disk) knowledge() (settled bool, changed <-chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.settled, d.changed
+}
+
+// Rebuilding reports whether the index is still being checked or made, so that what it doesn't name may be held all the same.
+func (d *Disk) Rebuilding() bool {
+	settled, _ := d.knowledge()
+	return !settled
+}
+
+// Ready waits until Rebuilding is false.
+func (d *Disk) Ready(ctx context.Context) error {
+	for {
+		settled, changed := d.knowledge()
+		if settled {
+			return nil
+		}
+		if err := d.await(ctx, changed); err != nil {
+			return err
+		}
+	}
+}
+
+func (d *Disk) await(ctx context.Context, changed <-chan struct{}) error {
+	select {
+	case <-changed:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for the index to be made: %w", context.Cause(ctx))
+	case <-d.ctx.Done():
+		return errClosed
+	}
+}
+
+func (d *Disk) index() *index {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.ix
+}
+
+// maxReplacements is how many broken indexes in a row one call puts up with.
+const maxReplacements = 3
+
+// view reads from the index. If that is how it turns out to be broken, it reads from the one that takes its place.
+func (d *Disk) view(read func(*bolt.Tx) error) error {
+	return d.on(func(ix *index) error { return ix.view(read) })
+}
+
+// update writes to the index, and is to it as view is.
+func (d *Disk) update(change func(*bolt.Tx) error) error {
+	return d.on(func(ix *index) error { return ix.update(change) })
+}
+
+func (d *Disk) on(do func(*index) error) error {
+	for try := 0; ; try++ {
+		ix := d.index()
+		err := do(ix)
+		switch {
+		case errors.Is(err, errClosed) && d.index() != ix:
+			// It was replaced between the two lines above.
+		case errors.Is(err, errPages) && try < maxReplacements:
+			if err := d.replace(ix, err); err != nil {
+				return err
+			}
+		default:
+			return err
+		}
+	}
+}
+
+// Close writes access times and closes the store. Whatever is still being written to it is lost. Files that were opened stay open.
+func (d *Disk) Close() error {
+	d.mu.Lock()
+	if d.closed {
+		d.mu.Unlock()
+		return nil
+	}
+	d.closed = true
+	settled := d.settled
+	d.mu.Unlock()
+	d.cancel()
+	// The flusher ends with ctx, and so does whatever fills the index.
+	d.wg.Wait()
+	ix := d.index()
+	var err error
+	if settled {
+		if err = d.flush(); err == nil {
+			// From here on the files and the index agree, and the next start needn't compare them.
+			err = ix.update(func(tx *bolt.Tx) error { return remove(tx, bucketState, []byte(stateOpen)) })
+		}
+	}
+	return errors.Join(err, ix.close(), d.lock.Close())
+}
+
+// schema is the version of the index. One of another version is made again, which is all the migration that it needs.
+const schema = 1
+
+const stateSchema = "schema"
+
+// isState reports whether a word was set by setState.
+func isState(tx *bolt.Tx, word string) (bool, error) {
+	b, err := get(tx, bucketState, []byte(word))
+	return string(b) == strconv.Itoa(schema), err
+}
+
+func setState(tx *bolt.Tx, word string) error {
+	return put(tx, bucketState, []byte(word), []byte(strconv.Itoa(schema)))
+}
+
+// locks are locks by digest.
+type locks struct {
+	mu sync.Mutex
+	m  map[acproxy.Digest]*keyLock
+}
+
+type keyLock struct {
+	mu   sync.Mutex
+	uses int // holders and waiters, guarded by locks.mu
+}
+
+// lock locks a digest and returns what unlocks it.
+func (l *locks) lock(digest acproxy.Digest) (unlock func()) {
+	l.mu.Lock()
+	if l.m == nil {
+		l.m = make(map[acproxy.Digest]*keyLock)
+	}
+	k := l.m[digest]
+	if k == nil {
+		k = new(keyLock)
+		l.m[digest] = k
+	}
+	k.uses++
+	l.mu.Unlock()
+	k.mu.Lock()
+	return func() {
+		k.mu.Unlock()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if k.uses--; k.uses == 0 {
+			delete(l.m, digest)
+		}
+	}
+}

@@ -1,0 +1,471 @@
+package cache
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+
+	"github.com/acproxy/acproxy/internal/durable"
+)
+
+// index is one bbolt file and the goroutine that writes it. Everything that reaches into bbolt's memory map goes through view and update: a
+// broken file makes bbolt panic, or the map fault, and both become an error matching errPages here. After that the file is left alone.
+type index struct {
+	db   *bolt.DB
+	path string
+
+	// safe is closed when the shape of the file is known to be harmless. Until then nothing may look into it; that is a matter of the branch
+	// pages only, a hundredth of the file.
+	safe chan struct{}
+	dead atomic.Bool
+	// stuck is set when bbolt panicked with one of its own locks held: closing it would never end.
+	stuck atomic.Bool
+
+	writes chan *write
+	marked bool // the writer's own: the index says that it is open
+	quit   chan struct{}
+	wg     sync.WaitGroup
+}
+
+// write is a change that waits for its turn to be written.
+type write struct {
+	change func(*bolt.Tx) error
+	done   chan error
+}
+
+// openTimeout is for how long to wait for somebody else, such as the bbolt command, to let go of the index.
+const openTimeout = 2 * time.Second
+
+// minMap is how much address space is mapped at least, so that the map needn't move, and wait for readers, each time the file grows.
+const minMap = 64 << 20
+
+// openIndex opens an existing file. It reads no more than its head: check has to be called before it can be used. A file that bbolt couldn't
+// work with is an error matching errPages.
+func openIndex(path string) (*index, error) {
+	size, err := checkHead(path)
+	if err != nil {
+		return nil, err
+	}
+	x := &index{path: path, safe: make(chan struct{}), writes: make(chan *write), quit: make(chan struct{})}
+	err = x.guard(func() error {
+		x.db, err = bolt.Open(path, filePerm, &bolt.Options{
+			Timeout: openTimeout, FreelistType: bolt.FreelistMapType, InitialMmapSize: max(minMap, 2*int(size)), NoStatistics: true,
+		})
+		return err
+	})
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return nil, fmt.Errorf("opening %s: another program has had it open for %v: end it, or copy the file for it", path, openTimeout)
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrVersionMismatch), errors.Is(err, bolterrors.ErrChecksum):
+		return nil, broken("%v", err)
+	case err != nil:
+		return nil, fmt.Errorf("opening %s: %w", path, err)
+	}
+	// Ends with close, which waits for it.
+	x.wg.Go(x.writer)
+	return x, nil
+}
+
+// checkHead looks at what bbolt relies on when it opens a file, and returns the file's size.
+func checkHead(path string) (int64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	newer, _, err := readMetas(f, fi.Size())
+	if err != nil {
+		return 0, err
+	}
+	return fi.Size(), newPages(f, newer).freelist(context.Background())
+}
+
+// createIndex makes an empty index under a name of its own first: bbolt's own way of making a file is not safe against power loss.
+func createIndex(fsys durable.FS, temp, path string) error {
+	db, err := bolt.Open(temp, filePerm, &bolt.Options{Timeout: openTimeout, FreelistType: bolt.FreelistMapType})
+	if err != nil {
+		return err
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		for _, name := range buckets {
+			if _, err := tx.CreateBucket([]byte(name)); err != nil {
+				return err
+			}
+		}
+		return setState(tx, stateSchema)
+	})
+	if err = errors.Join(err, db.Sync(), db.Close()); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	if err := fsys.Rename(temp, path); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	return fsys.SyncDir(filepath.Dir(path))
+}
+
+// check finds out whether anything in the shape of the index could bring the process down. Whatever keeps it from finding out counts as that.
+func (x *index) check(ctx context.Context) error {
+	f, err := os.Open(x.path)
+	if err != nil {
+		return broken("%v", err)
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return broken("%v", err)
+	}
+	newer, _, err := readMetas(f, fi.Size())
+	if err == nil {
+		p := newPages(f, newer)
+		if err = p.freelist(ctx); err == nil {
+			err = p.walk(ctx, nil)
+		}
+	}
+	if err != nil && ctx.Err() == nil && !errors.Is(err, errPages) {
+		err = broken("%v", err)
+	}
+	return err
+}
+
+// release lets views and updates into the index.
+func (x *index) release() { close(x.safe) }
+
+// verify reads the whole index, beside its use, and returns an error matching errPages if any row of it is not as it was written.
+func (x *index) verify(ctx context.Context) error {
+	f, err := os.Open(x.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return x.view(func(tx *bolt.Tx) error {
+		// While this transaction is open, the pages of its tree are not written again.
+		m, err := metaOf(f, uint64(tx.ID()))
+		if err != nil {
+			return err
+		}
+		names := make(map[string]bool)
+		p := newPages(f, m)
+		err = p.walk(ctx, func(bucket string, key, value []byte) error {
+			if !names[bucket] {
+				if !slices.Contains(buckets, bucket) {
+					return broken("there is no bucket %q", bucket)
+				}
+				names[bucket] = true
+			}
+			_, err := opened(bucket, key, value)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		if err := p.freelist(ctx); err != nil {
+			return err
+		}
+		return p.complete()
+	})
+}
+
+// metaOf returns the meta page of a transaction that is open.
+func metaOf(f *os.File, txid uint64) (meta, error) {
+	for try := 0; ; try++ {
+		fi, err := f.Stat()
+		if err != nil {
+			return meta{}, err
+		}
+		newer, older, err := readMetas(f, fi.Size())
+		switch {
+		case err == nil && newer.txid == txid:
+			return newer, nil
+		case err == nil && older.txid == txid:
+			return older, nil
+		case try == 100:
+			// A page that is being written may be read half; a hundred times it isn't.
+			return meta{}, errors.Join(err, broken("transaction %d has no meta page", txid))
+		}
+	}
+}
+
+// view reads from the index.
+func (x *index) view(read func(*bolt.Tx) error) error {
+	select {
+	case <-x.safe:
+	case <-x.quit:
+		return errClosed
+	}
+	return x.peek(read)
+}
+
+// peek is view for an index that was checked and not released yet.
+func (x *index) peek(read func(*bolt.Tx) error) error {
+	if x.dead.Load() {
+		return broken("it was found broken before")
+	}
+	var tx *bolt.Tx
+	err := x.guard(func() (err error) {
+		if tx, err = x.db.Begin(false); err != nil {
+			return err
+		}
+		return read(tx)
+	})
+	switch {
+	case tx != nil:
+		if rollback := tx.Rollback(); err == nil {
+			err = rollback
+		}
+	case errors.Is(err, errPages):
+		x.stuck.Store(true)
+	}
+	return err
+}
+
+// update writes to the index, together with whatever else waits to be written: they share one sync. change may be called more than once. It
+// returns when the change is on disk, or can't be; it can't be called off in between, because nobody could say then which it was.
+func (x *index) update(change func(*bolt.Tx) error) error {
+	w := &write{change: change, done: make(chan error, 1)}
+	select {
+	case x.writes <- w:
+		return <-w.done
+	case <-x.quit:
+		return errClosed
+	}
+}
+
+// maxTogether bounds the changes that share a transaction.
+const maxTogether = 256
+
+func (x *index) writer() {
+	select {
+	case <-x.safe:
+	case <-x.quit:
+		return
+	}
+	for {
+		var together []*write
+		select {
+		case w := <-x.writes:
+			together = append(together, w)
+		case <-x.quit:
+			return
+		}
+	gather:
+		for len(together) < maxTogether {
+			select {
+			case w := <-x.writes:
+				together = append(together, w)
+			default:
+				break gather
+			}
+		}
+		err := x.run(together)
+		for _, w := range together {
+			if err != nil && len(together) > 1 {
+				// One of them may have spoilt it for all.
+				w.done <- x.run([]*write{w})
+			} else {
+				w.done <- err
+			}
+		}
+	}
+}
+
+// run writes changes in one transaction.
+func (x *index) run(changes []*write) error {
+	if x.dead.Load() {
+		return broken("it was found broken before")
+	}
+	var tx *bolt.Tx
+	err := x.guard(func() (err error) {
+		if tx, err = x.db.Begin(true); err != nil {
+			return err
+		}
+		if !x.marked {
+			// Whoever finds this at the next start knows that files may have changed without the index.
+			if err := setState(tx, stateOpen); err != nil {
+				return err
+			}
+		}
+		for _, w := range changes {
+			if err := w.change(tx); err != nil {
+				return err
+			}
+		}
+		return tx.Commit()
+	})
+	switch {
+	case err == nil:
+		x.marked = true
+	case err != nil && tx != nil:
+		// If Commit got as far as closing it, this does nothing and says so.
+		_ = x.guard(tx.Rollback)
+	case errors.Is(err, errPages):
+		x.stuck.Store(true)
+	}
+	return noSpace(err)
+}
+
+// guard calls into bbolt. A panic there, and a fault of its memory map, means that the file is broken.
+func (x *index) guard(call func() error) (err error) {
+	before := debug.SetPanicOnFault(true)
+	defer func() {
+		debug.SetPanicOnFault(before)
+		if r := recover(); r != nil {
+			err = broken("%v", r)
+		}
+		if errors.Is(err, errPages) {
+			x.dead.Store(true)
+		}
+	}()
+	return call()
+}
+
+// close ends the writer and closes the file, once its readers are done.
+func (x *index) close() error {
+	close(x.quit)
+	x.wg.Wait()
+	if x.stuck.Load() {
+		return nil
+	}
+	return x.db.Close()
+}
+
+// buckets are all that the index holds. A key is as described; every value begins with a checksum of key and value.
+var buckets = []string{
+	bucketState, bucketRecords, bucketManifests, bucketSignatures, bucketRefs, bucketHeld, bucketIDs, bucketSigned, bucketNames,
+	bucketUninspected, bucketQuarantined, bucketUsed, bucketKnown, bucketHosts, bucketRefused,
+}
+
+const (
+	bucketState       = "state"       // a word → JSON
+	bucketRecords     = "records"     // digest → JSON of held
+	bucketManifests   = "manifests"   // digest → JSON as in the image
+	bucketSignatures  = "signatures"  // digest → as published
+	bucketRefs        = "refs"        // ref → JSON of Resolution
+	bucketHeld        = "held"        // digest, ref → nothing: the refs that an image answers
+	bucketIDs         = "ids"         // image ID, digest → nothing
+	bucketSigned      = "signed"      // digest of a signature, digest → nothing
+	bucketNames       = "names"       // name, 0, version, 0, digest → nothing
+	bucketUninspected = "uninspected" // digest → nothing
+	bucketQuarantined = "quarantined" // digest → nothing
+	bucketUsed        = "used"        // digest → nanoseconds since 1970
+	bucketKnown       = "known"       // name → JSON of Discovered
+	bucketHosts       = "hosts"       // host of a template, 0, name → nothing
+	bucketRefused     = "refused"     // number → JSON of Refused
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+const sumSize = 4
+
+// sealed returns a value as it is stored. The checksum covers bucket and key, so that a value can't stand in another one's place.
+func sealed(bucket string, key, value []byte) []byte {
+	b := make([]byte, sumSize, sumSize+len(value))
+	order.PutUint32(b, checksum(bucket, key, value))
+	return append(b, value...)
+}
+
+// opened returns a value as it was before sealed, or an error matching errPages.
+func opened(bucket string, key, stored []byte) ([]byte, error) {
+	if len(stored) < sumSize || order.Uint32(stored) != checksum(bucket, key, stored[sumSize:]) {
+		return nil, broken("the row of %s at %.40x has a wrong checksum", bucket, key)
+	}
+	return stored[sumSize:], nil
+}
+
+func checksum(bucket string, key, value []byte) uint32 {
+	sum := crc32.Update(0, castagnoli, []byte(bucket))
+	sum = crc32.Update(sum, castagnoli, key)
+	return crc32.Update(sum, castagnoli, value)
+}
+
+// table is a bucket whose rows carry checksums.
+type table struct {
+	name string
+	b    *bolt.Bucket
+}
+
+func tableOf(tx *bolt.Tx, name string) (table, error) {
+	b := tx.Bucket([]byte(name))
+	if b == nil {
+		return table{}, broken("the bucket %s is missing", name)
+	}
+	return table{name, b}, nil
+}
+
+// get returns a value, nil if there is none. It is valid until the transaction ends.
+func get(tx *bolt.Tx, bucket string, key []byte) ([]byte, error) {
+	t, err := tableOf(tx, bucket)
+	if err != nil {
+		return nil, err
+	}
+	stored := t.b.Get(key)
+	if stored == nil {
+		return nil, nil
+	}
+	return opened(bucket, key, stored)
+}
+
+func put(tx *bolt.Tx, bucket string, key, value []byte) error {
+	t, err := tableOf(tx, bucket)
+	if err != nil {
+		return err
+	}
+	return t.b.Put(key, sealed(bucket, key, value))
+}
+
+func remove(tx *bolt.Tx, bucket string, key []byte) error {
+	t, err := tableOf(tx, bucket)
+	if err != nil {
+		return err
+	}
+	return t.b.Delete(key)
+}
+
+// errEnough ends a scan.
+var errEnough = errors.New("enough")
+
+// scan calls fn for the rows whose keys begin with prefix and are not before from, in order, until fn returns an error; errEnough is none.
+func scan(tx *bolt.Tx, bucket string, prefix, from []byte, fn func(key, value []byte) error) error {
+	t, err := tableOf(tx, bucket)
+	if err != nil {
+		return err
+	}
+	c := t.b.Cursor()
+	start := prefix
+	if string(from) > string(prefix) {
+		start = from
+	}
+	for key, stored := c.Seek(start); key != nil && len(key) >= len(prefix) && string(key[:len(prefix)]) == string(prefix); key, stored = c.Next() {
+		value, err := opened(bucket, key, stored)
+		if err != nil {
+			return err
+		}
+		if err := fn(key, value); err != nil {
+			if err == errEnough {
+				return nil
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// brokenName returns where an index that is no longer used is kept.
+func brokenName(path string, now time.Time) string {
+	return path + ".broken-" + now.UTC().Format("20060102T150405Z") + "-" + rand.Text()[:6]
+}

@@ -1,0 +1,541 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/acproxy/acproxy"
+)
+
+// Resolve implements [Store].
+func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record, error) {
+	for {
+		// Asked before looking: what becomes known in between is then waited for in vain, and seen at the next turn.
+		settled, changed := d.knowledge()
+		r, rec, ok, err := d.resolve(ref)
+		switch {
+		case err != nil:
+			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
+		case ok && rec.lost():
+			return Resolution{}, Record{}, notFound("blob-gone", fmt.Sprintf("%v was held, but %s", ref, rec.Reason))
+		case ok:
+			return r, rec, nil
+		case settled:
+			return Resolution{}, Record{}, notFound("not-held", ref.String()+" is not held")
+		}
+		if err := d.await(ctx, changed); err != nil {
+			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
+		}
+	}
+}
+
+func (d *Disk) resolve(ref acproxy.Ref) (r Resolution, rec Record, ok bool, err error) {
+	err = d.view(func(tx *bolt.Tx) error {
+		if ok, err = getJSON(tx, bucketRefs, []byte(ref.String()), &r); !ok {
+			return err
+		}
+		var h held
+		h, ok, err = getRecord(tx, r.Digest)
+		rec = h.Record
+		return err
+	})
+	return r, rec, ok, err
+}
+
+// Record implements [Store].
+func (d *Disk) Record(digest acproxy.Digest) (Record, error) {
+	img, err := d.image(digest)
+	if err != nil {
+		return Record{}, err
+	}
+	return img.Record, nil
+}
+
+// image returns everything about an image. While the index is being made, one that isn't in it yet is looked for in its sidecar.
+func (d *Disk) image(digest acproxy.Digest) (*image, error) {
+	for {
+		settled, _ := d.knowledge()
+		var img *image
+		err := d.view(func(tx *bolt.Tx) (err error) {
+			if img, err = getImage(tx, digest); img != nil {
+				err = useLatest(tx, &img.Record)
+			}
+			return err
+		})
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("looking up %v: %w", digest, err)
+		case img != nil:
+			d.useTouched(&img.Record)
+			return img, nil
+		case settled:
+			return nil, notHeld(digest)
+		}
+		// The index takes it from there, so that the next turn finds it if it exists at all.
+		if ok, err := d.adoptOne(digest); err != nil {
+			return nil, err
+		} else if !ok {
+			return nil, notHeld(digest)
+		}
+	}
+}
+
+// adoptOne takes an image into the index whose files are there. It reports false if they aren't.
+func (d *Disk) adoptOne(digest acproxy.Digest) (bool, error) {
+	for _, path := range []string{d.sidecarPath(digest), d.blobPath(digest)} {
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		} else if err != nil {
+			return false, err
+		}
+	}
+	var left, displaced []acproxy.Digest
+	err := d.on(func(ix *index) (err error) {
+		left, displaced, err = d.adopt(ix, []acproxy.Digest{digest})
+		return err
+	})
+	d.rewrite(displaced)
+	return len(left) == 0, err
+}
+
+func useLatest(tx *bolt.Tx, rec *Record) error {
+	t, err := getTime(tx, bucketUsed, rec.Digest[:])
+	if t.After(rec.Used) {
+		rec.Used = t
+	}
+	return err
+}
+
+// useTouched is useLatest for what hasn't been written yet.
+func (d *Disk) useTouched(rec *Record) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if t := d.touched[rec.Digest]; t.After(rec.Used) {
+		rec.Used = t
+	}
+}
+
+// Manifest implements [Store].
+func (d *Disk) Manifest(digest acproxy.Digest) ([]byte, error) { return d.raw(bucketManifests, digest) }
+
+// Signature implements [Store].
+func (d *Disk) Signature(digest acproxy.Digest) ([]byte, error) {
+	return d.raw(bucketSignatures, digest)
+}
+
+func (d *Disk) raw(bucket string, digest acproxy.Digest) ([]byte, error) {
+	var b []byte
+	err := d.view(func(tx *bolt.Tx) error {
+		stored, err := get(tx, bucket, digest[:])
+		b = bytes.Clone(stored)
+		return err
+	})
+	if err != nil || b != nil {
+		return b, err
+	}
+	img, err := d.image(digest)
+	if err != nil {
+		return nil, err
+	}
+	if bucket == bucketManifests {
+		return img.Manifest, nil
+	}
+	if len(img.Signature) == 0 {
+		return nil, notFound("unsigned", fmt.Sprintf("the image %v of %s has no signature", digest, img.Record.Name))
+	}
+	return img.Signature, nil
+}
+
+// OpenBlob implements [Store].
+func (d *Disk) OpenBlob(digest acproxy.Digest) (*os.File, error) {
+	rec, err := d.record(digest)
+	if err != nil {
+		return nil, err
+	}
+	f, err := d.openWhole(rec)
+	if errors.Is(err, errNotWhole) {
+		// Somebody may just have put it right, or have taken it away.
+		return d.openOrLose(digest)
+	}
+	return f, err
+}
+
+// record is Record without the time of the last use.
+func (d *Disk) record(digest acproxy.Digest) (Record, error) {
+	var h held
+	var ok bool
+	err := d.view(func(tx *bolt.Tx) (err error) {
+		h, ok, err = getRecord(tx, digest)
+		return err
+	})
+	if ok || err != nil {
+		return h.Record, err
+	}
+	return d.Record(digest)
+}
+
+// errNotWhole is matched by the error of opening a blob that isn't there, or isn't all there.
+var errNotWhole = errors.New("not whole")
+
+func (d *Disk) openWhole(rec Record) (*os.File, error) {
+	f, err := os.Open(d.blobPath(rec.Digest))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", errNotWhole, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err == nil && (fi.Size() != rec.Size || !fi.Mode().IsRegular()) {
+		err = fmt.Errorf("%w: it has %d bytes of %d", errNotWhole, fi.Size(), rec.Size)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// openOrLose opens a blob, or sees to it that its image counts as lost.
+func (d *Disk) openOrLose(digest acproxy.Digest) (*os.File, error) {
+	defer d.locks.lock(digest)()
+	var img *image
+	err := d.view(func(tx *bolt.Tx) (err error) {
+		img, err = getImage(tx, digest)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if img == nil {
+		return nil, notHeld(digest)
+	}
+	f, err := d.openWhole(img.Record)
+	if !errors.Is(err, errNotWhole) {
+		return f, err
+	}
+	gone := notFound("blob-gone", fmt.Sprintf("the bytes of %v are not whole any more; it has to be fetched again", digest))
+	if img.Record.lost() {
+		return nil, gone
+	}
+	code := CodeMissing
+	if !errors.Is(err, fs.ErrNotExist) {
+		code = CodeDamaged
+		if err := d.setAside(d.blobPath(digest), err.Error()); err != nil {
+			return nil, errors.Join(gone, err)
+		}
+	}
+	lose(&img.Record, code)
+	d.log.Error("an image's bytes are lost", "digest", digest, "name", img.Record.Name, "code", code)
+	return nil, errors.Join(gone, d.on(func(ix *index) error {
+		_, err := d.save(ix, img)
+		return err
+	}))
+}
+
+// maxByImageID bounds what ByImageID returns.
+const maxByImageID = 100
+
+// ByImageID implements [Store].
+func (d *Disk) ByImageID(hexPrefix string) ([]Record, error) {
+	if len(hexPrefix) > 2*len(acproxy.ImageID{}) || strings.Trim(hexPrefix, "0123456789abcdef") != "" {
+		return nil, acproxy.Invalid("image ID prefix %.140q is not lower-case hex", hexPrefix)
+	}
+	whole, err := hex.DecodeString(hexPrefix[:len(hexPrefix)&^1])
+	if err != nil {
+		return nil, err
+	}
+	return d.records(maxByImageID, func(tx *bolt.Tx, found func(acproxy.Digest) error) error {
+		return scan(tx, bucketIDs, whole, nil, func(key, _ []byte) error {
+			if !strings.HasPrefix(hex.EncodeToString(key[:len(whole)+1]), hexPrefix) {
+				return nil
+			}
+			digest, err := digestIn(key)
+			if err != nil {
+				return err
+			}
+			return found(digest)
+		})
+	}, nil)
+}
+
+// records returns the records that a look-up finds and keep wants, nil meaning all, up to a limit if there is one.
+func (d *Disk) records(limit int, look func(tx *bolt.Tx, found func(acproxy.Digest) error) error, keep func(Record) bool) ([]Record, error) {
+	var records []Record
+	err := d.view(func(tx *bolt.Tx) error {
+		records = nil
+		err := look(tx, func(digest acproxy.Digest) error {
+			h, ok, err := getRecord(tx, digest)
+			switch {
+			case err != nil:
+				return err
+			case !ok:
+				return broken("no record for %v", digest)
+			case keep == nil || keep(h.Record):
+				records = append(records, h.Record)
+			}
+			if limit > 0 && len(records) >= limit {
+				return errEnough
+			}
+			return nil
+		})
+		if err == errEnough {
+			return nil
+		}
+		return err
+	})
+	return records, err
+}
+
+// BySignature implements [Store].
+func (d *Disk) BySignature(signature acproxy.Digest) (acproxy.Digest, bool) {
+	if signature.IsZero() {
+		return acproxy.Digest{}, false
+	}
+	records, err := d.records(1, func(tx *bolt.Tx, found func(acproxy.Digest) error) error {
+		return scan(tx, bucketSigned, signature[:], nil, keyed(found))
+	}, func(r Record) bool { return !r.Quarantined() })
+	if err != nil {
+		d.log.Error("looking up a signature", "err", err)
+	}
+	if len(records) == 0 {
+		return acproxy.Digest{}, false
+	}
+	return records[0].Digest, true
+}
+
+// keyed hands on the digest at the end of each key.
+func keyed(found func(acproxy.Digest) error) func(key, value []byte) error {
+	return func(key, _ []byte) error {
+		digest, err := digestIn(key)
+		if err != nil {
+			return err
+		}
+		return found(digest)
+	}
+}
+
+// Match implements [Store].
+func (d *Disk) Match(ref acproxy.Ref) ([]Record, error) {
+	prefix := append([]byte(ref.Name()), 0)
+	if v := ref.Version(); v != "" {
+		prefix = append(append(prefix, v...), 0)
+	}
+	return d.records(0, func(tx *bolt.Tx, found func(acproxy.Digest) error) error {
+		return scan(tx, bucketNames, prefix, nil, keyed(found))
+	}, func(r Record) bool { return !r.Quarantined() && ref.Matches(r.Name, r.Labels) == nil })
+}
+
+// ByName returns all images with a name, quarantined ones too, by version.
+func (d *Disk) ByName(name string) ([]Record, error) {
+	return d.records(0, func(tx *bolt.Tx, found func(acproxy.Digest) error) error {
+		return scan(tx, bucketNames, append([]byte(name), 0), nil, keyed(found))
+	}, nil)
+}
+
+// HasName implements [Store].
+func (d *Disk) HasName(name string) (bool, error) {
+	has := false
+	err := d.view(func(tx *bolt.Tx) error {
+		has = false
+		return scan(tx, bucketNames, append([]byte(name), 0), nil, func(_, _ []byte) error {
+			has = true
+			return errEnough
+		})
+	})
+	return has, err
+}
+
+// Uninspected implements [Store].
+func (d *Disk) Uninspected() ([]Record, error) {
+	return d.records(0, func(tx *bolt.Tx, found func(acproxy.Digest) error) error {
+		return scan(tx, bucketUninspected, nil, nil, keyed(found))
+	}, func(r Record) bool { return !r.Quarantined() })
+}
+
+// A Filter chooses images to list. The zero Filter chooses all.
+type Filter struct {
+	Prefix string // of names, by segments
+	State  State  // "" means any
+}
+
+// Images returns up to limit images, 0 for all, by name and version: those after the place that the call before returned, "" for the first call. It
+// returns "" as the next place when there are no more.
+func (d *Disk) Images(filter Filter, after string, limit int) (records []Record, next string, err error) {
+	from, err := hex.DecodeString(after)
+	if err != nil {
+		return nil, "", acproxy.Invalid("%.64q is not a place in the list of images", after)
+	}
+	prefix := strings.TrimSuffix(filter.Prefix, "/")
+	err = d.view(func(tx *bolt.Tx) error {
+		records, next = nil, ""
+		last := after
+		return scan(tx, bucketNames, []byte(prefix), from, func(key, _ []byte) error {
+			if bytes.Equal(key, from) {
+				return nil
+			}
+			if limit > 0 && len(records) == limit {
+				next = last
+				return errEnough
+			}
+			digest, err := digestIn(key)
+			if err != nil {
+				return err
+			}
+			h, ok, err := getRecord(tx, digest)
+			switch {
+			case err != nil:
+				return err
+			case !ok:
+				return broken("no record for %v", digest)
+			case !acproxy.HasPrefix(h.Name, prefix), filter.State != "" && filter.State != h.State:
+				return nil
+			}
+			last = hex.EncodeToString(key)
+			records = append(records, h.Record)
+			return useLatest(tx, &records[len(records)-1])
+		})
+	})
+	for i := range records {
+		d.useTouched(&records[i])
+	}
+	return records, next, err
+}
+
+// Known implements [Store].
+func (d *Disk) Known(name string) (Discovered, bool) {
+	var k Discovered
+	ok := false
+	err := d.view(func(tx *bolt.Tx) (err error) {
+		ok, err = getJSON(tx, bucketKnown, []byte(name), &k)
+		return err
+	})
+	if err != nil {
+		d.log.Error("looking up what is known of a name", "name", name, "err", err)
+	}
+	return k, ok && err == nil
+}
+
+// KnownUnderHost implements [Store].
+func (d *Disk) KnownUnderHost(host string) []Discovered {
+	host = strings.ToLower(host)
+	var known []Discovered
+	err := d.view(func(tx *bolt.Tx) error {
+		known = nil
+		seen := make(map[string]bool)
+		add := func(name []byte) error {
+			if seen[string(name)] {
+				return nil
+			}
+			seen[string(name)] = true
+			var k Discovered
+			ok, err := getJSON(tx, bucketKnown, name, &k)
+			if ok {
+				known = append(known, k)
+			}
+			return err
+		}
+		if err := add([]byte(host)); err != nil {
+			return err
+		}
+		if err := scan(tx, bucketKnown, []byte(host+"/"), nil, func(key, _ []byte) error { return add(key) }); err != nil {
+			return err
+		}
+		for _, at := range []string{host, anyHost} {
+			err := scan(tx, bucketHosts, hostKey(at, ""), nil, func(key, _ []byte) error { return add(key[len(at)+1:]) })
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		d.log.Error("looking up what is known of a host", "host", host, "err", err)
+	}
+	return known
+}
+
+// Refusals implements [Store].
+func (d *Disk) Refusals() ([]Refused, error) {
+	var refusals []Refused
+	err := d.view(func(tx *bolt.Tx) error {
+		refusals = nil
+		return scan(tx, bucketRefused, nil, nil, func(key, _ []byte) error {
+			var r Refused
+			_, err := getJSON(tx, bucketRefused, key, &r)
+			refusals = append(refusals, r)
+			return err
+		})
+	})
+	for i, j := 0, len(refusals)-1; i < j; i, j = i+1, j-1 {
+		refusals[i], refusals[j] = refusals[j], refusals[i]
+	}
+	return refusals, err
+}
+
+// Usage returns the space that the store takes now.
+func (d *Disk) Usage() (Usage, error) {
+	var t totals
+	err := d.view(func(tx *bolt.Tx) error {
+		_, err := getJSON(tx, bucketState, []byte(stateTotals), &t)
+		return err
+	})
+	if err != nil {
+		return Usage{}, err
+	}
+	u := Usage{Blobs: t.Blobs, Sidecars: t.Sidecars, Images: t.Images, Quarantined: t.Quarantined}
+	indexes, err := sizes(d.dir, func(name string) bool { return strings.HasPrefix(name, indexFile) })
+	if err != nil {
+		return u, err
+	}
+	u.Index = indexes
+	if u.Quarantine, err = sizes(d.path(quarantineDir), nil); err != nil {
+		return u, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for p := range d.partials {
+		u.Partials += blocks(p.Size())
+	}
+	return u, nil
+}
+
+// sizes adds up the files in a directory that want wants; nil means all.
+func sizes(dir string, want func(name string) bool) (int64, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	var sum int64
+	for _, entry := range entries {
+		if want != nil && !want(entry.Name()) {
+			continue
+		}
+		fi, err := entry.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		if fi.Mode().IsRegular() {
+			sum += blocks(fi.Size())
+		}
+	}
+	return sum, nil
+}
+
+// namePath returns where what is known of a name is kept.
+func (d *Disk) namePath(name string) string {
+	return d.path(nameDir, nameDigest(name).Hex()+sidecarExt)
+}
+
+func nameDigest(name string) acproxy.Digest { return sha256.Sum256([]byte(name)) }

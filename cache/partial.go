@@ -1,0 +1,272 @@
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/durable"
+)
+
+// writebackEvery is how much is written to a partial file before the operating system is told to begin bringing it to the disk, so that the
+// sync at the end is short.
+const writebackEvery = 8 << 20
+
+// A Partial is an image that is arriving: a temporary file that becomes a blob when it is committed. One goroutine writes it and ends it; Open
+// and Size may be called by any at any time.
+type Partial struct {
+	disk *Disk
+	file durable.File
+	temp string // where the file is until it is committed
+	size atomic.Int64
+	sent int64 // how much of it writeback was started for
+
+	mu    sync.Mutex
+	path  string // "" once it was discarded
+	ended bool
+}
+
+var errEnded = errors.New("the partial image was committed or discarded already")
+
+// Begin implements [Store].
+func (d *Disk) Begin(ctx context.Context) (*Partial, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	path := d.temp()
+	file, err := d.fsys.Create(path, filePerm)
+	if err != nil {
+		return nil, fmt.Errorf("beginning an image: %w", noSpace(err))
+	}
+	p := &Partial{disk: d, file: file, temp: path, path: path}
+	d.mu.Lock()
+	closed := d.closed
+	if !closed {
+		d.partials[p] = struct{}{}
+	}
+	d.mu.Unlock()
+	if closed {
+		return nil, errors.Join(errClosed, p.Discard())
+	}
+	return p, nil
+}
+
+// Write appends to the image. A full disk is an error matching [acproxy.ErrNoSpace].
+func (p *Partial) Write(b []byte) (int, error) {
+	n, err := p.file.Write(b)
+	size := p.size.Add(int64(n))
+	if size-p.sent >= writebackEvery {
+		durable.StartWriteback(p.file, p.sent, size-p.sent)
+		p.sent = size
+	}
+	return n, noSpace(err)
+}
+
+// Size returns how many bytes have been written.
+func (p *Partial) Size() int64 { return p.size.Load() }
+
+// Open opens the image for reading, while it is written and after it was committed. The file has an offset of its own; the caller closes it,
+// before or after the image is committed or discarded. After Discard it returns an error matching [acproxy.ErrNotFound].
+func (p *Partial) Open() (*os.File, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.path == "" {
+		return nil, notFound("discarded", "the arriving image was discarded")
+	}
+	return os.Open(p.path)
+}
+
+// end makes sure that the image is committed or discarded once.
+func (p *Partial) end() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended {
+		return errEnded
+	}
+	p.ended = true
+	return nil
+}
+
+// moved notes where the file is now, "" for nowhere.
+func (p *Partial) moved(path string) {
+	p.mu.Lock()
+	p.path = path
+	p.mu.Unlock()
+	p.disk.mu.Lock()
+	defer p.disk.mu.Unlock()
+	delete(p.disk.partials, p)
+}
+
+// Discard removes the image. After Commit it does nothing.
+func (p *Partial) Discard() error {
+	if p.end() != nil {
+		return nil
+	}
+	return p.drop()
+}
+
+func (p *Partial) drop() error {
+	p.moved("")
+	err := p.file.Close()
+	if errors.Is(err, fs.ErrClosed) {
+		err = nil
+	}
+	if removal := p.disk.fsys.Remove(p.temp); !errors.Is(removal, fs.ErrNotExist) {
+		err = errors.Join(err, removal)
+	}
+	return err
+}
+
+// Commit makes the image one that is held: its record, its manifest, its signature as published (nil if there is none) and the refs that it
+// answers, whose digest Commit sets. When it returns nil, all of it survives a crash; when it returns an error, the image is discarded. If the
+// same bytes are held already, the refs are added to those there are, and what the last inspection found out is kept.
+//
+//	fsync blob ─▶ sidecar: create, write, fsync, rename, fsync directory ─▶ rename blob ─▶ fsync directory ─▶ index transaction (shared), fsync
+//
+// The sidecar is durable before the blob gets its name, and the index names nothing before both are in place. So a crash leaves one of these:
+// nothing but temporary files; a sidecar without a blob, which the next start removes; or all of it, which the next start takes into the index.
+func (p *Partial) Commit(ctx context.Context, rec Record, manifest, signature []byte, refs ...Resolution) error {
+	if err := p.end(); err != nil {
+		return err
+	}
+	rec, err := p.checked(ctx, rec, signature, refs)
+	if err != nil {
+		return errors.Join(err, p.drop())
+	}
+	// The longest wait, and nobody needs to wait for it in turn.
+	if err = p.file.Sync(); err == nil {
+		err = p.file.Close()
+	}
+	if err != nil {
+		return errors.Join(noSpace(err), p.drop())
+	}
+	img := &image{Record: rec, Manifest: manifest, Signature: signature, Refs: refs}
+	displaced, err := p.land(img)
+	if err != nil {
+		return fmt.Errorf("committing %v: %w", rec.Digest, errors.Join(noSpace(err), p.drop()))
+	}
+	p.disk.rewrite(displaced)
+	return nil
+}
+
+func (p *Partial) checked(ctx context.Context, rec Record, signature []byte, refs []Resolution) (Record, error) {
+	if ctx.Err() != nil {
+		return rec, context.Cause(ctx)
+	}
+	if err := acproxy.CheckName(rec.Name); err != nil {
+		return rec, err
+	}
+	switch {
+	case rec.Digest.IsZero():
+		return rec, acproxy.Invalid("the record of %s has no digest", rec.Name)
+	case rec.Size != p.Size():
+		return rec, acproxy.Invalid("the record of %s says %d bytes, and %d were written", rec.Name, rec.Size, p.Size())
+	case rec.Signed != (len(signature) > 0):
+		return rec, acproxy.Invalid("the record of %s doesn't agree with its signature of %d bytes", rec.Name, len(signature))
+	}
+	for i := range refs {
+		if refs[i].Ref.IsZero() {
+			return rec, acproxy.Invalid("a resolution of %s has no ref", rec.Name)
+		}
+		refs[i].Digest = rec.Digest
+	}
+	if rec.State == "" {
+		rec.State = OK
+	}
+	return rec, p.disk.number(refs)
+}
+
+// land brings a synced file and what is known of it to where they belong.
+func (p *Partial) land(img *image) (displaced []acproxy.Digest, err error) {
+	d, digest := p.disk, img.Record.Digest
+	defer d.locks.lock(digest)()
+	before, err := d.before(digest)
+	if err != nil {
+		return nil, err
+	}
+	if before != nil {
+		img.merge(before)
+	}
+	err = d.writeSidecar(img)
+	if err == nil {
+		// An image that is held already gets the new bytes too: these have just been verified.
+		err = d.fsys.Rename(p.temp, d.blobPath(digest))
+	}
+	if err == nil {
+		p.moved(d.blobPath(digest))
+		err = d.fsys.SyncDir(filepath.Dir(d.blobPath(digest)))
+	}
+	if err == nil {
+		err = d.update(func(tx *bolt.Tx) (err error) {
+			displaced, err = putImage(tx, img)
+			return err
+		})
+	}
+	if err != nil && before == nil {
+		return nil, errors.Join(err, d.undo(digest))
+	}
+	return displaced, err
+}
+
+// before returns what is held under a digest, nil if nothing is.
+func (d *Disk) before(digest acproxy.Digest) (*image, error) {
+	var img *image
+	look := func(tx *bolt.Tx) (err error) {
+		img, err = getImage(tx, digest)
+		return err
+	}
+	if err := d.view(look); err != nil || img != nil || !d.Rebuilding() {
+		return img, err
+	}
+	img, err := d.readSidecar(digest)
+	switch {
+	case err == nil:
+		d.raise(img.Refs)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case unreadable(err):
+		return nil, d.setAside(d.sidecarPath(digest), err.Error())
+	}
+	return img, err
+}
+
+// merge adds what was known of the same bytes before.
+func (img *image) merge(before *image) {
+	rec, old := &img.Record, before.Record
+	img.Refs = mergeRefs(before.Refs, img.Refs)
+	if len(img.Signature) == 0 && len(before.Signature) > 0 {
+		img.Signature, rec.Signed, rec.SignatureDigest = before.Signature, old.Signed, old.SignatureDigest
+		rec.Signers, rec.Hashed, rec.RktWarning = old.Signers, old.Hashed, old.RktWarning
+	}
+	rec.Pinned = rec.Pinned || old.Pinned
+	if rec.Inspected {
+		return
+	}
+	// The same bytes: what was found in them then would be found again.
+	rec.Inspected, rec.ImageID, rec.Compression, rec.Uncompressed = old.Inspected, old.ImageID, old.Compression, old.Uncompressed
+	if old.Quarantined() && !old.lost() {
+		rec.State, rec.Code, rec.Reason = old.State, old.Code, old.Reason
+	}
+}
+
+// undo removes what land has left of an image that isn't held after all. If the index names it nevertheless (its transaction failed and yet was
+// done) it is left.
+func (d *Disk) undo(digest acproxy.Digest) error {
+	named := false
+	err := d.view(func(tx *bolt.Tx) (err error) {
+		_, named, err = getRecord(tx, digest)
+		return err
+	})
+	if err != nil || named {
+		return err
+	}
+	return d.removeFiles(digest)
+}

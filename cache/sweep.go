@@ -1,0 +1,360 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/durable"
+)
+
+// found is what a shard's directory holds for a digest.
+type found struct{ blob, sidecar bool }
+
+// maxAdopted is how many sidecars are read for one transaction.
+const maxAdopted = 512
+
+// sweep compares the files with the index and makes them agree. With trust the index is known to have been complete when the store was last
+// open: what it doesn't name was then on its way in or out, and nobody had been told that it was in.
+//
+//	in the index │ sidecar │ blob │
+//	yes          │ yes     │ yes  │ nothing to do
+//	yes          │ no      │      │ the sidecar is written again
+//	yes          │         │ no   │ the image is quarantined as missing, so that it is fetched again
+//	no           │ yes     │ yes  │ adopted: everything about it was durable before its blob got its name
+//	no           │ yes     │ no   │ with trust the sidecar is removed; without, adopted as missing
+//	no           │ no      │ yes  │ no crash leaves this: the blob is moved to the quarantine directory
+//
+// A sidecar that can't be read counts as none, and is moved to the quarantine directory.
+func (d *Disk) sweep(ix *index, trust bool) error {
+	if err := d.sweepNames(ix); err != nil {
+		return err
+	}
+	for i := range 256 {
+		if err := d.sweepShard(ix, fmt.Sprintf("%02x", i), trust); err != nil {
+			return err
+		}
+		d.announce(ix, false)
+	}
+	return nil
+}
+
+func (d *Disk) sweepShard(ix *index, name string, trust bool) error {
+	if d.ctx.Err() != nil {
+		return context.Cause(d.ctx)
+	}
+	files, err := d.list(name)
+	if err != nil {
+		return err
+	}
+	var odd, fresh []acproxy.Digest
+	prefix, _ := hex.DecodeString(name)
+	err = ix.view(func(tx *bolt.Tx) error {
+		odd, fresh = nil, nil
+		t, err := tableOf(tx, bucketRecords)
+		if err != nil {
+			return err
+		}
+		for digest, f := range files {
+			if t.b.Get(digest[:]) != nil {
+				if !f.blob || !f.sidecar {
+					odd = append(odd, digest)
+				}
+			} else if f.blob && f.sidecar {
+				fresh = append(fresh, digest)
+			} else {
+				odd = append(odd, digest)
+			}
+		}
+		return scan(tx, bucketRecords, prefix, nil, func(key, _ []byte) error {
+			digest, err := digestIn(key)
+			if _, ok := files[digest]; !ok && err == nil {
+				odd = append(odd, digest)
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(fresh, compareDigests)
+	for together := range slices.Chunk(fresh, maxAdopted) {
+		left, displaced, err := d.adopt(ix, together)
+		if err != nil {
+			return err
+		}
+		d.rewrite(displaced)
+		odd = append(odd, left...)
+	}
+	for _, digest := range odd {
+		if err := d.reconcile(ix, digest, trust); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func compareDigests(a, b acproxy.Digest) int { return bytes.Compare(a[:], b[:]) }
+
+// list returns what a shard's directory holds. What doesn't belong there is moved to the quarantine directory.
+func (d *Disk) list(name string) (map[acproxy.Digest]found, error) {
+	dir, err := os.Open(d.path(blobDir, name))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	files := make(map[acproxy.Digest]found, len(names)/2)
+	for _, file := range names {
+		digits, isSidecar := strings.CutSuffix(file, sidecarExt)
+		digest, err := acproxy.ParseDigest("sha256:" + digits)
+		if err != nil || digits[:2] != name {
+			if err := d.setAside(d.path(blobDir, name, file), "nothing of this name belongs here"); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		f := files[digest]
+		f.sidecar = f.sidecar || isSidecar
+		f.blob = f.blob || !isSidecar
+		files[digest] = f
+	}
+	return files, nil
+}
+
+// adopt takes images into the index whose blobs and sidecars are there. It returns those whose sidecars can't be read, and those whose sidecars
+// are no longer right about their refs; see rewrite.
+func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acproxy.Digest, err error) {
+	// Locked in order, and nobody else waits for a second lock while holding one.
+	for _, digest := range digests {
+		defer d.locks.lock(digest)()
+	}
+	images := make([]*image, len(digests))
+	errs := make([]error, len(digests))
+	var wg sync.WaitGroup
+	for worker := range runtime.GOMAXPROCS(0) {
+		// Ends with its part of the digests; waited for below.
+		wg.Go(func() {
+			for i := worker; i < len(digests); i += runtime.GOMAXPROCS(0) {
+				images[i], errs[i] = d.readSidecar(digests[i])
+			}
+		})
+	}
+	wg.Wait()
+	for i, err := range errs {
+		if err == nil {
+			continue
+		}
+		if !unreadable(err) && !errors.Is(err, fs.ErrNotExist) {
+			return nil, nil, err
+		}
+		left = append(left, digests[i])
+	}
+	err = ix.update(func(tx *bolt.Tx) error {
+		displaced = nil
+		for _, img := range images {
+			if img == nil {
+				continue
+			}
+			if _, ok, err := getRecord(tx, img.Record.Digest); ok || err != nil {
+				if err != nil {
+					return err
+				}
+				continue
+			}
+			losers, err := putImage(tx, img)
+			if err != nil {
+				return err
+			}
+			displaced = append(displaced, losers...)
+		}
+		return nil
+	})
+	for _, img := range images {
+		if img != nil {
+			d.raise(img.Refs)
+		}
+	}
+	return left, displaced, err
+}
+
+// errUnreadable is matched by errors about the content of a sidecar, and by those of a disk that can't read it any more.
+var errUnreadable = errors.New("can't be read")
+
+func unreadable(err error) bool { return errors.Is(err, errUnreadable) }
+
+// readSidecar reads a sidecar. The error matches errUnreadable if trying again won't help.
+func (d *Disk) readSidecar(digest acproxy.Digest) (*image, error) {
+	file, err := readSmall(d.sidecarPath(digest), maxSidecar)
+	if err == nil {
+		var img *image
+		if img, err = parseSidecar(file, digest); err == nil {
+			return img, nil
+		}
+		return nil, fmt.Errorf("the sidecar of %v %w: %w", digest, errUnreadable, err)
+	}
+	if errors.Is(err, syscall.EIO) || errors.Is(err, syscall.EISDIR) {
+		err = fmt.Errorf("the sidecar of %v %w: %w", digest, errUnreadable, err)
+	}
+	return nil, err
+}
+
+// reconcile makes the index and the files agree about one image, as sweep says.
+func (d *Disk) reconcile(ix *index, digest acproxy.Digest, trust bool) error {
+	defer d.locks.lock(digest)()
+	var known *image
+	err := ix.view(func(tx *bolt.Tx) (err error) {
+		known, err = getImage(tx, digest)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	fi, err := os.Lstat(d.blobPath(digest))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	blob := err == nil && fi.Mode().IsRegular()
+	beside, err := d.readSidecar(digest)
+	if unreadable(err) {
+		if err := d.setAside(d.sidecarPath(digest), err.Error()); err != nil {
+			return err
+		}
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	switch {
+	case known != nil:
+		if !blob {
+			lose(&known.Record, CodeMissing)
+		}
+		if blob && beside != nil {
+			return nil
+		}
+		d.log.Warn("repairing what is known of an image", "digest", digest, "blob", blob, "sidecar", beside != nil)
+		_, err := d.save(ix, known)
+		return err
+	case beside != nil && (blob || !trust):
+		if !blob {
+			lose(&beside.Record, CodeMissing)
+		}
+		d.log.Warn("taking an image into the index", "digest", digest, "name", beside.Record.Name, "blob", blob)
+		d.raise(beside.Refs)
+		_, err := d.save(ix, beside)
+		return err
+	case beside != nil:
+		d.log.Info("removing what an interrupted commit or removal left", "digest", digest)
+		if err := d.fsys.Remove(d.sidecarPath(digest)); err != nil {
+			return err
+		}
+		return d.fsys.SyncDir(filepath.Dir(d.sidecarPath(digest)))
+	case fi != nil:
+		return d.setAside(d.blobPath(digest), "it has no sidecar that can be read, so that nothing is known of it")
+	}
+	return nil
+}
+
+// lose marks an image as one whose bytes are gone.
+func lose(rec *Record, code string) {
+	if rec.lost() {
+		return
+	}
+	rec.State, rec.Code = Quarantined, code
+	rec.Reason = map[string]string{
+		CodeMissing: "the file with its bytes is gone from the store",
+		CodeDamaged: "the file with its bytes had another size than it should have; it was set aside",
+	}[code]
+}
+
+// setAside moves a broken file to the quarantine directory, with the reason beside it.
+//
+//	write reason ─▶ rename ─▶ fsync both directories
+func (d *Disk) setAside(path, reason string) error {
+	aside := d.path(quarantineDir, safeName(filepath.Base(path))+"-"+rand.Text()[:8])
+	d.log.Error("setting a file aside", "file", path, "kept", aside, "reason", reason)
+	note := fmt.Sprintf("%s\nfrom %s\n%s\n", d.now().UTC().Format("2006-01-02T15:04:05Z"), path, reason)
+	if err := durable.Replace(d.fsys, d.temp(), aside+reasonExt, []byte(note), filePerm); err != nil {
+		return err
+	}
+	if err := d.fsys.Rename(path, aside); err != nil {
+		return err
+	}
+	return errors.Join(d.fsys.SyncDir(d.path(quarantineDir)), d.fsys.SyncDir(filepath.Dir(path)))
+}
+
+// safeName cuts a name that somebody may have put into the directory by hand.
+func safeName(name string) string { return name[:min(len(name), 100)] }
+
+// sweepNames takes what is kept of discovery into the index.
+func (d *Disk) sweepNames(ix *index) error {
+	entries, err := os.ReadDir(d.path(nameDir))
+	if err != nil {
+		return err
+	}
+	for together := range slices.Chunk(entries, maxAdopted) {
+		if d.ctx.Err() != nil {
+			return context.Cause(d.ctx)
+		}
+		var known []Discovered
+		for _, entry := range together {
+			k, ok, err := d.readName(d.path(nameDir, entry.Name()))
+			if err != nil {
+				return err
+			}
+			if ok {
+				known = append(known, k)
+			}
+		}
+		err := ix.update(func(tx *bolt.Tx) error {
+			for _, k := range known {
+				var before Discovered
+				ok, err := getJSON(tx, bucketKnown, []byte(k.Name), &before)
+				if err == nil && (!ok || before.When.Before(k.When)) {
+					err = putKnown(tx, k)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readName reads what is kept of discovery about one name. What can't be read is moved to the quarantine directory.
+func (d *Disk) readName(path string) (k Discovered, ok bool, err error) {
+	b, err := readSmall(path, maxSidecar)
+	switch {
+	case err == nil:
+		if err = unseal(b, &k); err == nil && d.namePath(k.Name) != path {
+			err = fmt.Errorf("it is about %q", k.Name)
+		}
+	case !errors.Is(err, syscall.EIO) && !errors.Is(err, syscall.EISDIR):
+		return k, false, err
+	}
+	if err != nil {
+		return k, false, d.setAside(path, err.Error())
+	}
+	return k, true, nil
+}
