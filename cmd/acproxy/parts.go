@@ -1,0 +1,261 @@
+package main
+
+import (
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"context"
+
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/localca"
+	"github.com/acproxy/acproxy/internal/web"
+	"github.com/acproxy/acproxy/trust"
+)
+
+// newLogger returns the log as configured.
+func newLogger(cfg config.Log, w io.Writer) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(cfg.Level)); err != nil {
+		return nil, err
+	}
+	options := &slog.HandlerOptions{Level: level}
+	if cfg.Format == config.LogJSON {
+		return slog.New(slog.NewJSONHandler(w, options)), nil
+	}
+	return slog.New(slog.NewTextHandler(w, options)), nil
+}
+
+// newWeb returns the connections to publishers. via marks requests as this server's.
+func newWeb(cfg *config.Config, via string) (*web.Client, error) {
+	d := cfg.Dial
+	out := web.Config{
+		Hosts: d.Hosts, Allow: d.Allow, UserAgent: d.UserAgent, Via: via, Offline: cfg.Offline,
+		ConnectTimeout: time.Duration(d.ConnectTimeout), Timeout: time.Duration(d.Timeout), StallTimeout: time.Duration(d.StallTimeout),
+		MaxRedirects: d.MaxRedirects,
+	}
+	if out.UserAgent == "" {
+		out.UserAgent = "acproxy/" + buildVersion()
+	}
+	if d.MaxRedirects == 0 {
+		out.MaxRedirects = -1
+	}
+	if d.Resolver != "" {
+		out.Resolver = resolver(d.Resolver)
+	}
+	for _, p := range cfg.Publishers {
+		full := cfg.Inherit(p)
+		rule := web.Rule{Prefix: p.Prefix, HTTP: p.HTTP, Timeout: time.Duration(*full.Timeout), Allow: full.AllowAddresses}
+		if p.CAFile != "" {
+			pool, err := rootsWith(p.CAFile)
+			if err != nil {
+				return nil, fmt.Errorf("ca_file of publisher %s: %w", p.Prefix, err)
+			}
+			rule.RootCAs = pool
+		}
+		if p.Proxy != "" {
+			u, err := url.Parse(p.Proxy)
+			if err != nil {
+				return nil, fmt.Errorf("proxy of publisher %s: %w", p.Prefix, err)
+			}
+			rule.Proxy = u
+		}
+		out.Rules = append(out.Rules, rule)
+	}
+	return web.New(out), nil
+}
+
+// resolver asks one DNS server instead of the system's.
+func resolver(server string) *net.Resolver {
+	if _, _, err := net.SplitHostPort(server); err != nil {
+		server = net.JoinHostPort(strings.Trim(server, "[]"), "53")
+	}
+	return &net.Resolver{
+		PreferGo: true,
+		Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, network, server)
+		},
+	}
+}
+
+// rootsWith returns the system's certificate authorities and those of a file.
+func rootsWith(file string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		// A machine without any is one on which only the file's count.
+		pool = x509.NewCertPool()
+	}
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no certificate in PEM", file)
+	}
+	return pool, nil
+}
+
+func newFinder(cfg *config.Config, client *web.Client) *discovery.Finder {
+	d := cfg.Discovery
+	out := discovery.Config{
+		Web: client, PositiveTTL: orNone(d.PositiveTTL), NegativeTTL: orNone(d.NegativeTTL),
+		MaxPages: d.MaxPages, MaxPageSize: int64(d.MaxPageSize),
+	}
+	for _, p := range cfg.Publishers {
+		out.Rules = append(out.Rules, discovery.Rule{
+			Prefix: p.Prefix, Templates: p.Templates, Host: p.DiscoveryHost, Simple: p.SimpleDiscovery, HTTP: p.HTTP,
+		})
+	}
+	return discovery.New(out)
+}
+
+// orNone turns a configured 0, which means none, into what the parts take for none; their 0 means the default.
+func orNone(d config.Duration) time.Duration {
+	if d == 0 {
+		return -1
+	}
+	return time.Duration(d)
+}
+
+// policies returns what the operator decided, for everybody first.
+func policies(cfg *config.Config) []fetch.Policy {
+	of := func(p config.Publisher) fetch.Policy {
+		p = cfg.Inherit(p)
+		out := fetch.Policy{
+			Prefix: p.Prefix, TTL: time.Duration(*p.TTL), MaxStale: time.Duration(*p.MaxStale), Offline: *p.Offline,
+			Trust: trustPolicy(p),
+		}
+		if p.Delivery == config.DeliveryVerifyFirst {
+			out.Delivery = fetch.VerifyFirst
+		}
+		if p.OnChange == config.OnChangeFollow {
+			out.OnChange = fetch.FollowChange
+		}
+		return out
+	}
+	out := []fetch.Policy{of(config.Publisher{})}
+	for _, p := range cfg.Publishers {
+		out = append(out, of(p))
+	}
+	return out
+}
+
+// trustPolicy turns a publisher's settings, all of them filled in, into what trust decides by.
+func trustPolicy(p config.Publisher) trust.Policy {
+	out := trust.Policy{Legacy: *p.Legacy, Threshold: *p.Threshold}
+	if p.Signature == config.SignatureOptional {
+		out.Signature = trust.Optional
+	}
+	if p.Expired == config.ExpiredAcceptIfSignedBefore {
+		out.Expired = trust.AcceptIfSignedBefore
+	}
+	return out
+}
+
+func trustDirs(cfg *config.Config) trust.Dirs {
+	return trust.Dirs{System: cfg.Trust.SystemDir, Local: cfg.Trust.LocalDir}
+}
+
+func limits(cfg *config.Config) aci.Limits {
+	l := cfg.Fetch.Limits
+	return aci.Limits{
+		MaxManifest: int64(l.MaxManifest), MaxEntries: l.MaxEntries, MaxUncompressed: int64(l.MaxUncompressed), MaxRatio: float64(l.MaxRatio),
+	}
+}
+
+// loadCA returns the local CA, nil if none was made.
+func loadCA(cfg *config.Config) (*localca.CA, error) {
+	ca, err := localca.Load(cfg.CA.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return ca, err
+}
+
+// parts are what a running acproxy consists of, below HTTP.
+type parts struct {
+	cfg     *config.Config
+	log     *slog.Logger
+	via     string
+	store   *cache.Disk
+	keys    *trust.Store
+	web     *web.Client
+	finder  *discovery.Finder
+	fetcher *fetch.Fetcher
+	ca      *localca.CA // nil if there is none
+}
+
+// newParts opens everything. close closes it.
+func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
+	p = &parts{cfg: cfg, log: log, via: "acproxy-" + strings.ToLower(rand.Text()[:12])}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close())
+			p = nil
+		}
+	}()
+	if err := os.MkdirAll(cfg.DataDir, 0o750); err != nil {
+		return p, err
+	}
+	if p.ca, err = loadCA(cfg); err != nil {
+		return p, err
+	}
+	if err := os.MkdirAll(filepath.Join(cfg.Trust.LocalDir, "prefix.d"), 0o755); err != nil {
+		return p, err
+	}
+	if p.keys, err = trust.Open(trustDirs(cfg)); err != nil {
+		return p, err
+	}
+	if p.web, err = newWeb(cfg, p.via); err != nil {
+		return p, err
+	}
+	p.store, err = cache.Open(storeDir(cfg), cache.Options{FlushEvery: time.Duration(cfg.Cache.AccessFlush), Log: log})
+	if err != nil {
+		return p, err
+	}
+	p.finder = newFinder(cfg, p.web)
+	p.fetcher = fetch.New(fetch.Config{
+		Store: p.store, Discovery: p.finder, Web: p.web, Keyring: p.keys.Current,
+		Policies: policies(cfg), Allow: cfg.Allow, Offline: cfg.Offline,
+		HoldBack: int64(cfg.Fetch.HoldBack), MaxImageSize: int64(cfg.Fetch.MaxImageSize), MaxSignatureSize: int64(cfg.Fetch.MaxSignatureSize),
+		SignatureWait: orNone(cfg.Fetch.SignatureWait), NegativeTTL: orNone(cfg.Discovery.NegativeTTL), DiscoveryTTL: orNone(cfg.Discovery.PositiveTTL),
+		Limits: limits(cfg), Log: log,
+	})
+	return p, nil
+}
+
+// close closes what was opened, in the reverse order.
+func (p *parts) close() error {
+	var errs []error
+	if p.fetcher != nil {
+		errs = append(errs, p.fetcher.Close())
+	}
+	if p.finder != nil {
+		errs = append(errs, p.finder.Close())
+	}
+	if p.store != nil {
+		errs = append(errs, p.store.Close())
+	}
+	if p.web != nil {
+		p.web.Close()
+	}
+	if p.keys != nil {
+		errs = append(errs, p.keys.Close())
+	}
+	return errors.Join(errs...)
+}

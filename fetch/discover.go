@@ -1,0 +1,163 @@
+package fetch
+
+import (
+	"context"
+	"errors"
+	"net/url"
+	"slices"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/discovery"
+)
+
+// A Discovery is what a node may be told about a name.
+type Discovery struct {
+	Status    Status
+	Templates []discovery.Template // the publisher's, in its order
+	Trace     acproxy.Trace
+}
+
+// Discover returns the templates that a name's publisher gives for it. What was learned before is answered at once, and refreshed behind when it
+// is old; only a name that nothing is known of waits for its publisher.
+func (f *Fetcher) Discover(ctx context.Context, name string) (Discovery, error) {
+	if err := acproxy.CheckName(name); err != nil {
+		return Discovery{}, err
+	}
+	if err := f.allowed(name); err != nil {
+		return Discovery{}, err
+	}
+	offline := f.policy(name).Offline
+	known, ok := f.cfg.Store.Known(name)
+	switch {
+	case ok && (offline || f.now().Sub(known.When) < f.cfg.DiscoveryTTL):
+		return Discovery{Status: Hit, Templates: learned(known)}, nil
+	case ok:
+		f.refreshDiscovery(name)
+		return Discovery{Status: Stale, Templates: learned(known)}, nil
+	case offline:
+		return Discovery{}, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "nothing is known of " + name + " here, and this proxy is offline"}
+	}
+	found, err := f.discover(ctx, name)
+	if err != nil {
+		return Discovery{}, err
+	}
+	return Discovery{Status: Miss, Templates: found.Templates, Trace: found.Trace}, nil
+}
+
+// learned returns the templates that are known of a name.
+func learned(known cache.Discovered) []discovery.Template {
+	out := make([]discovery.Template, len(known.Templates))
+	for i, t := range known.Templates {
+		out[i] = discovery.Template(t)
+	}
+	return out
+}
+
+// kept is the other way round.
+func kept(found []discovery.Template) []cache.Template {
+	out := make([]cache.Template, len(found))
+	for i, t := range found {
+		out[i] = cache.Template(t)
+	}
+	return out
+}
+
+// discover asks the publisher and keeps what it says.
+func (f *Fetcher) discover(ctx context.Context, name string) (discovery.Found, error) {
+	found, err := f.cfg.Discovery.Templates(ctx, name)
+	if err != nil {
+		return found, err
+	}
+	if err := f.cfg.Store.Learn(cache.Discovered{Name: name, Page: found.Page, Templates: kept(found.Templates), When: f.now()}); err != nil {
+		// The answer is good all the same; only a restart will have to ask again.
+		f.log.Error("keeping what discovery found", "name", name, "err", err)
+	}
+	return found, nil
+}
+
+// refreshDiscovery asks the publisher about a name behind the answer, once at a time.
+func (f *Fetcher) refreshDiscovery(name string) {
+	f.mu.Lock()
+	busy := f.learning[name] || len(f.learning) >= maxRefreshes
+	if !busy {
+		f.learning[name] = true
+	}
+	f.mu.Unlock()
+	if busy {
+		return
+	}
+	done := func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		delete(f.learning, name)
+	}
+	// Ends with the publisher's answer or its timeout; Close cancels it and waits for it.
+	started := f.start(func(ctx context.Context) {
+		defer done()
+		if _, err := f.discover(ctx, name); err != nil && ctx.Err() == nil {
+			f.log.Warn("refreshing discovery failed, what is known is still used", "name", name, "err", err)
+		}
+	})
+	if !started {
+		done()
+	}
+}
+
+// maxRefreshes bounds the discoveries that are refreshed at once.
+const maxRefreshes = 64
+
+// templates returns where to ask for an image: what the publisher says now, or what was learned before if it can't say.
+func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Trace) ([]discovery.Template, error) {
+	known, ok := f.cfg.Store.Known(name)
+	if ok && f.now().Sub(known.When) < f.cfg.DiscoveryTTL {
+		return learned(known), nil
+	}
+	found, err := f.discover(ctx, name)
+	if err == nil {
+		*trace = append(*trace, found.Trace...)
+		return found.Templates, nil
+	}
+	var e *acproxy.Error
+	if errors.As(err, &e) {
+		*trace = append(*trace, e.Trace...)
+	}
+	if ok && ctx.Err() == nil {
+		*trace = append(*trace, acproxy.Attempt{What: "discovery", URL: known.Page, Note: "known from before"})
+		return learned(known), nil
+	}
+	return nil, err
+}
+
+// RefsOf returns the refs that a publisher's own URL may ask for, with the extension, "aci" or "aci.asc", by the templates that were learned or
+// configured. The more specific names come first.
+func (f *Fetcher) RefsOf(url *url.URL) (refs []acproxy.Ref, ext string) {
+	templates := f.cfg.Discovery.Fixed()
+	for _, known := range f.cfg.Store.KnownUnderHost(url.Hostname()) {
+		templates = append(templates, learned(known)...)
+	}
+	tried := make(map[discovery.Template]bool)
+	for _, template := range templates {
+		if tried[template] {
+			continue
+		}
+		tried[template] = true
+		for _, m := range template.MatchAll(url.String()) {
+			if (ext == "" || m.Ext == ext) && !slices.Contains(refs, m.Ref) {
+				ext = m.Ext
+				refs = append(refs, m.Ref)
+			}
+		}
+	}
+	slices.SortStableFunc(refs, func(a, b acproxy.Ref) int { return len(b.Name()) - len(a.Name()) })
+	return refs, ext
+}
+
+// Knows reports whether anything is held or known of a name, without asking anybody.
+func (f *Fetcher) Knows(name string) bool {
+	if held, err := f.cfg.Store.HasName(name); err == nil && held {
+		return true
+	}
+	_, ok := f.cfg.Store.Known(name)
+	return ok
+}

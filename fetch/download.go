@@ -1,0 +1,664 @@
+package fetch
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/trust"
+)
+
+// A download is the arriving of one blob: from the publisher into a temporary file, through the hashes and the inspection, to the verdict.
+// Readers follow the file as it grows. Several refs may wait for the same download.
+//
+//	body ─▶ buffer ─┬─▶ partial file ─▶ followers, inspection (both read it from the page cache, at their own pace)
+//	                └─▶ sha256 and the signature's hashes, on the other core
+type download struct {
+	f            *Fetcher
+	key          string
+	name         string
+	policy       Policy
+	source       string // the image's URL
+	signatureURL string
+	signature    []byte // set before the download is shared, unless later
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	// begun is closed once the publisher's headers are in, or the download has ended without them. size, modified, etag and path may be
+	// read after it.
+	begun    chan struct{}
+	size     int64 // bytes, -1 if the publisher didn't say
+	modified time.Time
+	etag     string
+	partial  *cache.Partial
+	held     acproxy.Digest // with errHeld: the image that made the download needless
+	// decided is closed with the verdict, good or bad; finished, after that, with the end of the inspection.
+	decided, finished chan struct{}
+
+	mu        sync.Mutex
+	later     bool
+	changed   chan struct{} // closed, and replaced, whenever one of the fields below changes
+	refs      map[acproxy.Ref]struct{}
+	written   int64
+	complete  bool // the publisher's body has ended well
+	manifest  *aci.Manifest
+	err       error // the bad verdict
+	committed cache.Record
+}
+
+// claim registers a ref with the download of an image, and reports whether the caller has to start it. A download is shared by all refs
+// for which the publisher gave the same signature: that means the same bytes. An unsigned image is shared by its URL.
+func (f *Fetcher) claim(ref acproxy.Ref, policy Policy, source, signatureURL string, signature []byte, later bool) (d *download, mine bool, err error) {
+	name := ref.Name()
+	key := name + " " + source
+	if signature != nil {
+		sum := sha256.Sum256(signature)
+		key = name + " " + hex.EncodeToString(sum[:])
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil, false, errClosed
+	}
+	if d, ok := f.downloads[key]; ok && d.add(ref) {
+		return d, false, nil
+	}
+	d = &download{
+		f: f, key: key, name: name, policy: policy, source: source, signatureURL: signatureURL, signature: signature, later: later, size: -1,
+		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
+		refs: map[acproxy.Ref]struct{}{ref: {}},
+	}
+	d.ctx, d.cancel = context.WithCancel(f.ctx)
+	f.downloads[key] = d
+	return d, true, nil
+}
+
+// add lets another ref wait for the download. It reports false if the verdict is there already.
+func (d *download) add(ref acproxy.Ref) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	select {
+	case <-d.decided:
+		return false
+	default:
+	}
+	d.refs[ref] = struct{}{}
+	return true
+}
+
+// wait returns when the publisher's headers are in, or with the error that the download ended with before that.
+func (d *download) wait(ctx context.Context) error {
+	select {
+	case <-d.begun:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if d.partial != nil {
+		return nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.err
+}
+
+func (d *download) isLater() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.later
+}
+
+// begin sets the download going with the publisher's response. It runs on after begin has returned, until the verdict.
+func (d *download) begin(resp *http.Response) error {
+	partial, err := d.f.cfg.Store.Begin(d.ctx)
+	if err != nil {
+		return errors.Join(err, resp.Body.Close())
+	}
+	d.size, d.etag = resp.ContentLength, resp.Header.Get("ETag")
+	if t, err := http.ParseTime(resp.Header.Get("Last-Modified")); err == nil {
+		d.modified = t
+	}
+	d.settleModified()
+	d.partial = partial
+	// Ends with the publisher's body, the stall timeout or the Fetcher; Close waits for it.
+	if !d.f.start(func(context.Context) { d.run(resp.Body) }) {
+		d.partial = nil
+		return errors.Join(errClosed, resp.Body.Close(), partial.Discard())
+	}
+	close(d.begun)
+	return nil
+}
+
+// settleModified decides the Last-Modified that nodes see: the publisher's, else the time of the signature, which is as stable. Under a ref that
+// answered with other bytes before it never goes back.
+func (d *download) settleModified() {
+	if d.modified.IsZero() && d.signature != nil {
+		if a, err := d.f.judge(d.name, d.signature, nil, d.policy); err == nil && len(a.Signers) > 0 {
+			d.modified = a.Signers[0].Signed
+		}
+	}
+	if d.modified.IsZero() {
+		d.modified = d.f.now()
+	}
+	d.modified = d.modified.UTC().Truncate(time.Second)
+	d.mu.Lock()
+	refs := make([]acproxy.Ref, 0, len(d.refs))
+	for ref := range d.refs {
+		refs = append(refs, ref)
+	}
+	d.mu.Unlock()
+	for _, ref := range refs {
+		if before, _, err := d.f.cfg.Store.Resolve(d.ctx, ref); err == nil && !d.modified.After(before.Modified) {
+			d.modified = before.Modified.Add(time.Second)
+		}
+	}
+}
+
+// end gives a download that has not begun, or has failed, its bad verdict.
+func (d *download) end(err error) {
+	d.f.mu.Lock()
+	if d.f.downloads[d.key] == d {
+		delete(d.f.downloads, d.key)
+	}
+	d.f.mu.Unlock()
+	d.cancel()
+	d.mu.Lock()
+	d.err = err
+	close(d.changed)
+	d.changed = make(chan struct{})
+	close(d.decided)
+	d.mu.Unlock()
+	if d.partial == nil {
+		close(d.begun)
+	}
+}
+
+// run takes the body to the verdict and, behind it, the inspection to its end.
+func (d *download) run(body io.ReadCloser) {
+	defer close(d.finished)
+	defer d.cancel()
+	started := d.f.now()
+	inspection := d.inspect()
+	rec, err := d.verdict(body, inspection)
+	// Closing says nothing about the bytes that reading didn't.
+	_ = body.Close()
+	if err != nil {
+		d.fail(err)
+		<-inspection.done
+		return
+	}
+	d.succeed(rec)
+	d.f.log.Info("image kept", "ref", d.anyRef(), "digest", rec.Digest, "bytes", rec.Size, "source", d.source, "took", d.f.now().Sub(started))
+	<-inspection.done
+	if !rec.Inspected {
+		d.f.inspected(rec, inspection.result, inspection.err)
+	}
+}
+
+func (d *download) fail(err error) {
+	if discard := d.partial.Discard(); discard != nil {
+		d.f.log.Error("removing a partial file", "err", discard)
+	}
+	for _, ref := range d.waiting() {
+		d.f.log.Warn("image not kept", "ref", ref, "source", d.source, "err", err)
+		if errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrPublisher) && d.f.ctx.Err() == nil {
+			d.f.recordRefusal(ref, d.source, err)
+			if contentRefused(err) {
+				d.f.rememberFailure(ref, err)
+			}
+		}
+	}
+	d.end(err)
+}
+
+// contentRefused reports whether an error is about the bytes themselves, so that fetching them again at once would end the same.
+func contentRefused(err error) bool {
+	var refusal *trust.Refusal
+	var violation *aci.Violation
+	switch code := acproxy.Code(err); code {
+	case "wrong-name", "wrong-labels", "image-too-large", "changed-upstream":
+		return true
+	}
+	return errors.As(err, &refusal) || errors.As(err, &violation)
+}
+
+func (d *download) succeed(rec cache.Record) {
+	d.f.mu.Lock()
+	if d.f.downloads[d.key] == d {
+		delete(d.f.downloads, d.key)
+	}
+	d.f.mu.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.committed = rec
+	close(d.changed)
+	d.changed = make(chan struct{})
+	close(d.decided)
+}
+
+func (d *download) waiting() []acproxy.Ref {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	refs := make([]acproxy.Ref, 0, len(d.refs))
+	for ref := range d.refs {
+		refs = append(refs, ref)
+	}
+	return refs
+}
+
+func (d *download) anyRef() acproxy.Ref {
+	for _, ref := range d.waiting() {
+		return ref
+	}
+	return acproxy.Ref{}
+}
+
+// verdict reads the body and returns the committed record, or what is wrong with the image.
+func (d *download) verdict(body io.Reader, inspection *inspection) (cache.Record, error) {
+	hasher, err := d.newHasher()
+	if err != nil {
+		return cache.Record{}, err
+	}
+	digest, err := d.receive(body, hasher)
+	if err != nil {
+		return cache.Record{}, inspection.reason(err)
+	}
+	d.update(func() { d.complete = true })
+	if d.isLater() {
+		if hasher, err = d.lateSignature(); err != nil {
+			return cache.Record{}, err
+		}
+	}
+	var hashed trust.Hashed
+	if hasher != nil {
+		if hashed, err = hasher.Hashed(); err != nil {
+			return cache.Record{}, err
+		}
+	}
+	acceptance, err := d.f.judge(d.name, d.signature, hashed, d.policy)
+	if err != nil {
+		return cache.Record{}, err
+	}
+	manifest, err := inspection.awaitManifest(d.ctx)
+	if err != nil {
+		return cache.Record{}, err
+	}
+	rec := d.record(digest, manifest, acceptance, hashed)
+	if d.signature == nil || d.policy.Delivery == VerifyFirst {
+		if err := inspection.await(d.ctx); err != nil {
+			return cache.Record{}, err
+		}
+	}
+	if err := d.checkChange(rec, inspection); err != nil {
+		return cache.Record{}, err
+	}
+	if inspection.over() {
+		if inspection.err != nil {
+			return cache.Record{}, inspection.err
+		}
+		describe(&rec, inspection.result)
+	}
+	return d.commit(rec, manifest)
+}
+
+// newHasher returns what computes the hashes that the signature needs, nil if there is no signature (yet).
+func (d *download) newHasher() (*trust.Hasher, error) {
+	if d.signature == nil {
+		return nil, nil
+	}
+	return trust.NewHasher(d.signature)
+}
+
+// bufferSize is how much of a body is handed on at once.
+const bufferSize = 128 << 10
+
+// receive writes the body to the partial file and returns its digest. Hashing runs beside writing.
+func (d *download) receive(body io.Reader, hasher *trust.Hasher) (acproxy.Digest, error) {
+	const inFlight = 16
+	free, full := make(chan []byte, inFlight), make(chan []byte, inFlight)
+	for range inFlight {
+		free <- make([]byte, bufferSize)
+	}
+	var digest acproxy.Digest
+	var hashing sync.WaitGroup
+	// Ends when full is closed below, which happens on every way out; waited for right after.
+	hashing.Go(func() {
+		sum := sha256.New()
+		for b := range full {
+			sum.Write(b)
+			if hasher != nil {
+				hasher.Write(b)
+			}
+			free <- b[:bufferSize]
+		}
+		sum.Sum(digest[:0])
+	})
+	err := d.copy(body, free, full)
+	close(full)
+	hashing.Wait()
+	return digest, err
+}
+
+func (d *download) copy(body io.Reader, free <-chan []byte, full chan<- []byte) error {
+	for {
+		if err := d.ctx.Err(); err != nil {
+			return context.Cause(d.ctx)
+		}
+		b := <-free
+		n, err := body.Read(b)
+		if n > 0 {
+			if d.written+int64(n) > d.f.cfg.MaxImageSize {
+				return tooLarge(d.source, d.f.cfg.MaxImageSize)
+			}
+			if _, err := d.partial.Write(b[:n]); err != nil {
+				return fmt.Errorf("keeping %s: %w", d.source, err)
+			}
+			full <- b[:n]
+			d.update(func() { d.written += int64(n) })
+		} else {
+			full <- b[:0]
+		}
+		switch {
+		case err == io.EOF:
+			return nil
+		case err != nil:
+			return fmt.Errorf("receiving %s after %d bytes: %w", d.source, d.written, err)
+		}
+	}
+}
+
+// update changes what followers look at, and wakes them.
+func (d *download) update(change func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	change()
+	close(d.changed)
+	d.changed = make(chan struct{})
+}
+
+// lateSignature asks again for a signature that the publisher answered with 202, and hashes what was received for it. This is the one case in
+// which the bytes are read a second time: which hashes are needed wasn't known the first time.
+func (d *download) lateSignature() (*trust.Hasher, error) {
+	signature, err := d.f.awaitSignature(d.ctx, d.name, d.signatureURL, d.policy)
+	if err != nil {
+		return nil, err
+	}
+	d.update(func() { d.signature = signature; d.later = false })
+	if signature == nil {
+		return nil, nil
+	}
+	hasher, err := trust.NewHasher(signature)
+	if err != nil {
+		return nil, err
+	}
+	file, err := d.partial.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	if _, err := io.Copy(hasher, file); err != nil {
+		return nil, fmt.Errorf("hashing %s again: %w", d.source, err)
+	}
+	return hasher, nil
+}
+
+func (d *download) record(digest acproxy.Digest, manifest aci.Manifest, acceptance trust.Acceptance, hashed trust.Hashed) cache.Record {
+	now := d.f.now()
+	rec := cache.Record{
+		Digest: digest, Name: manifest.Name, Labels: manifest.Labels, Size: d.written, Source: d.source, Modified: d.modified, ETag: d.etag,
+		Fetched: now, Verified: now, Used: now, Hashed: hashed, RktWarning: acceptance.RktWarning,
+	}
+	if d.signature != nil {
+		rec.Signed, rec.SignatureDigest = true, sha256.Sum256(d.signature)
+	}
+	for _, s := range acceptance.Signers {
+		rec.Signers = append(rec.Signers, cache.Signer{
+			Fingerprint: string(s.Fingerprint), KeyID: s.KeyID, UserID: s.UserID, Prefix: s.Prefix, Signed: s.Signed, Algorithm: s.Algorithm,
+		})
+	}
+	for _, dep := range manifest.Dependencies {
+		rec.Dependencies = append(rec.Dependencies, cache.Dependency{Name: dep.Name, Labels: dep.Labels, ImageID: dep.ImageID, Size: dep.Size})
+	}
+	return rec
+}
+
+// describe adds what a finished inspection found out.
+func describe(rec *cache.Record, found aci.Inspection) {
+	rec.Inspected, rec.ImageID, rec.Compression, rec.Uncompressed = true, found.ID, string(found.Compression), found.Size
+}
+
+// checkChange asks whether the version of this image is held already as another image. The image ID decides, not the digest: the same tar may
+// come compressed in another way.
+func (d *download) checkChange(rec cache.Record, inspection *inspection) error {
+	full, err := acproxy.NewRef(rec.Name, rec.Labels)
+	if err != nil || full.Version() == "" {
+		return nil
+	}
+	_, before, err := d.f.cfg.Store.Resolve(d.ctx, full)
+	if err != nil || before.Digest == rec.Digest {
+		return nil
+	}
+	if err := inspection.await(d.ctx); err != nil {
+		return err
+	}
+	if before.ImageID.IsZero() || before.ImageID == inspection.result.ID {
+		return nil
+	}
+	d.f.log.Warn("a version changed at its publisher", "ref", full, "held", before.ImageID.Short(), "published", inspection.result.ID.Short(), "source", d.source)
+	if d.policy.OnChange == FollowChange {
+		return nil
+	}
+	return &acproxy.Error{
+		Kind: acproxy.ErrRefused, Code: "changed-upstream",
+		Detail: fmt.Sprintf("%v is held as %s, but %s now is %s; a version doesn't change (set on_change: follow for its prefix to take the new image)",
+			full, before.ImageID.Short(), d.source, inspection.result.ID.Short()),
+	}
+}
+
+// commit makes the image one that is held, under every ref that waits for it and fits it, and under the ref of all its labels.
+func (d *download) commit(rec cache.Record, manifest aci.Manifest) (cache.Record, error) {
+	refs := make(map[acproxy.Ref]struct{})
+	for _, ref := range d.waiting() {
+		if ref.Matches(rec.Name, rec.Labels) == nil {
+			refs[ref] = struct{}{}
+		}
+	}
+	if full, err := acproxy.NewRef(rec.Name, rec.Labels); err == nil && full.Version() != "" {
+		refs[full] = struct{}{}
+	}
+	var resolutions []cache.Resolution
+	for ref := range refs {
+		resolutions = append(resolutions, d.f.resolution(d.ctx, ref, rec, d.source))
+	}
+	if err := d.partial.Commit(d.ctx, rec, manifest.Raw, d.signature, resolutions...); err != nil {
+		return cache.Record{}, fmt.Errorf("committing %s: %w", rec.Name, err)
+	}
+	return rec, nil
+}
+
+// An inspection reads a download behind the publisher: the manifest as soon as it appears, then the rest of the tar, at the pace of inflating.
+type inspection struct {
+	manifested chan struct{} // closed when manifest is set
+	manifest   aci.Manifest
+	done       chan struct{} // closed when result and err are set
+	result     aci.Inspection
+	err        error
+}
+
+// inspect begins the inspection of a download. It ends with the download's bytes or its failure.
+func (d *download) inspect() *inspection {
+	in := &inspection{manifested: make(chan struct{}), done: make(chan struct{})}
+	file, err := d.partial.Open()
+	if err != nil {
+		in.err = err
+		close(in.done)
+		return in
+	}
+	var once sync.Once
+	// Ends when the download is complete and read, or has failed; run waits for it.
+	go func() {
+		defer close(in.done)
+		defer file.Close()
+		in.result, in.err = aci.Inspect(&follower{d: d, file: file}, d.f.cfg.Limits, func(m aci.Manifest) error {
+			err := d.checkManifest(m)
+			once.Do(func() {
+				if err == nil {
+					in.manifest = m
+					close(in.manifested)
+				}
+			})
+			return err
+		})
+		if in.err != nil {
+			// Whatever is wrong with the image won't get better by receiving more of it.
+			d.spoil()
+		}
+	}()
+	return in
+}
+
+// spoil ends the receiving of an image whose inspection failed, as long as there is no verdict.
+func (d *download) spoil() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.complete {
+		d.cancel()
+	}
+}
+
+// checkManifest holds the manifest against what was asked for. It is an error if it fits none of the refs that wait.
+func (d *download) checkManifest(m aci.Manifest) error {
+	d.update(func() { d.manifest = &m })
+	var first error
+	for _, ref := range d.waiting() {
+		err := ref.Matches(m.Name, m.Labels)
+		if err == nil {
+			return nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+// reason returns why the receiving of an image failed: because of what the inspection found, if it is what stopped it, else err.
+func (in *inspection) reason(err error) error {
+	if !errors.Is(err, context.Canceled) {
+		return err
+	}
+	<-in.done
+	if in.err != nil && !errors.Is(in.err, context.Canceled) {
+		return in.err
+	}
+	return err
+}
+
+func (in *inspection) awaitManifest(ctx context.Context) (aci.Manifest, error) {
+	select {
+	case <-in.manifested:
+		return in.manifest, nil
+	case <-in.done:
+	case <-ctx.Done():
+		return aci.Manifest{}, context.Cause(ctx)
+	}
+	select {
+	case <-in.manifested:
+		return in.manifest, nil
+	default:
+		return aci.Manifest{}, in.err
+	}
+}
+
+func (in *inspection) await(ctx context.Context) error {
+	select {
+	case <-in.done:
+		return in.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (in *inspection) over() bool {
+	select {
+	case <-in.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// inspected notes how the inspection of an image that is held already ended.
+func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) {
+	switch {
+	case err == nil:
+		err = f.cfg.Store.Update(f.ctx, rec.Digest, func(r *cache.Record) error {
+			describe(r, result)
+			return nil
+		})
+		if err != nil {
+			f.log.Error("noting the inspection of an image", "name", rec.Name, "digest", rec.Digest, "err", err)
+		}
+	case isViolation(err):
+		f.log.Error("a signed image breaks the rules: quarantined", "name", rec.Name, "digest", rec.Digest, "err", err)
+		if err := f.cfg.Store.Quarantine(f.ctx, rec.Digest, acproxy.Code(err), err.Error()); err != nil {
+			f.log.Error("quarantining an image", "name", rec.Name, "digest", rec.Digest, "err", err)
+		}
+	case f.ctx.Err() == nil:
+		// The bytes are kept uninspected; the next start inspects them again.
+		f.log.Error("inspecting an image", "name", rec.Name, "digest", rec.Digest, "err", err)
+	}
+}
+
+func isViolation(err error) bool {
+	var v *aci.Violation
+	return errors.As(err, &v)
+}
+
+// ResumeInspections inspects, one after the other, the images whose inspection a restart interrupted. It returns when ctx is done or all are
+// inspected.
+func (f *Fetcher) ResumeInspections(ctx context.Context) error {
+	records, err := f.cfg.Store.Uninspected()
+	if err != nil {
+		return err
+	}
+	for _, rec := range records {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		result, err := f.inspectHeld(ctx, rec)
+		f.inspected(rec, result, err)
+	}
+	return nil
+}
+
+func (f *Fetcher) inspectHeld(ctx context.Context, rec cache.Record) (aci.Inspection, error) {
+	file, err := f.cfg.Store.OpenBlob(rec.Digest)
+	if err != nil {
+		return aci.Inspection{}, err
+	}
+	defer file.Close()
+	return aci.Inspect(&cancelReader{ctx: ctx, r: file}, f.cfg.Limits, func(aci.Manifest) error { return nil })
+}
+
+// cancelReader ends reading when its context does.
+type cancelReader struct {
+	ctx context.Context
+	r   *os.File
+}
+
+func (c *cancelReader) Read(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, context.Cause(c.ctx)
+	}
+	return c.r.Read(p)
+}

@@ -1,0 +1,444 @@
+// Package fetch answers for one image: from the store, or once from its publisher.
+package fetch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	gocache "github.com/patrickmn/go-cache"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/internal/web"
+	"github.com/acproxy/acproxy/trust"
+)
+
+// Defaults of a [Config].
+const (
+	DefaultHoldBack      = 64 << 10
+	DefaultMaxImageSize  = 20 << 30
+	DefaultSignatureWait = 30 * time.Second
+	DefaultNegativeTTL   = 30 * time.Second
+	DefaultDiscoveryTTL  = 10 * time.Minute
+)
+
+// Config is what a Fetcher works with. Its fields may not change after New.
+type Config struct {
+	Store     cache.Store
+	Discovery *discovery.Finder
+	Web       *web.Client
+	Keyring   func() *trust.Keyring // the keys as they are now
+
+	Policies []Policy // the one with the longest prefix counts; an empty prefix is the default
+	Allow    []string // image-name prefixes that may be asked for; none means all
+	Offline  bool     // dial nobody, whatever the policies say
+
+	HoldBack         int64         // bytes at the end of an arriving image that wait for the verdict; 0 means DefaultHoldBack
+	MaxImageSize     int64         // bytes of a blob; 0 means DefaultMaxImageSize
+	MaxSignatureSize int64         // bytes of a signature; 0 means trust.MaxSignature, which is also the most
+	SignatureWait    time.Duration // for how long a signature answered with 202 is asked for again; 0 means DefaultSignatureWait, less than 0 not at all
+	NegativeTTL      time.Duration // for how long "not found" and a refusal of an image's content are remembered; 0 means DefaultNegativeTTL, less than 0 not at all
+	DiscoveryTTL     time.Duration // how long what was learned of a name is used before it is refreshed; 0 means DefaultDiscoveryTTL, less than 0 refreshes it every time
+	Limits           aci.Limits
+
+	Log *slog.Logger     // nil means slog.Default
+	Now func() time.Time // nil means time.Now
+}
+
+// A Fetcher finds, fetches, verifies and keeps images. It is safe for concurrent use.
+type Fetcher struct {
+	cfg Config
+	log *slog.Logger
+	now func() time.Time
+
+	// ctx is the life of everything that was started on behalf of a client and doesn't end with it.
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	negative *gocache.Cache // ref and keyring → error
+	sticky   *gocache.Cache // client and ref → digest whose signature the client was given
+	verdicts sync.Map       // acproxy.Digest → judged
+
+	mu        sync.Mutex
+	closed    bool
+	flights   map[acproxy.Ref]*flight
+	downloads map[string]*download
+	learning  map[string]bool // names whose discovery is being refreshed
+	retry     map[acproxy.Ref]time.Time
+}
+
+// New returns a Fetcher. Close ends what it has in progress.
+func New(cfg Config) *Fetcher {
+	cfg.HoldBack = orDefault(cfg.HoldBack, DefaultHoldBack)
+	cfg.MaxImageSize = orDefault(cfg.MaxImageSize, DefaultMaxImageSize)
+	cfg.MaxSignatureSize = orDefault(cfg.MaxSignatureSize, trust.MaxSignature)
+	cfg.SignatureWait = orDefault(cfg.SignatureWait, DefaultSignatureWait)
+	cfg.NegativeTTL = orDefault(cfg.NegativeTTL, DefaultNegativeTTL)
+	cfg.DiscoveryTTL = orDefault(cfg.DiscoveryTTL, DefaultDiscoveryTTL)
+	f := &Fetcher{
+		cfg: cfg, log: cfg.Log, now: cfg.Now,
+		// No janitors: they would be goroutines that nobody can stop. What has expired is dropped when the next is added.
+		negative:  gocache.New(cfg.NegativeTTL, 0),
+		sticky:    gocache.New(stickyFor, 0),
+		flights:   make(map[acproxy.Ref]*flight),
+		downloads: make(map[string]*download),
+		learning:  make(map[string]bool),
+		retry:     make(map[acproxy.Ref]time.Time),
+	}
+	if f.log == nil {
+		f.log = slog.Default()
+	}
+	if f.now == nil {
+		f.now = time.Now
+	}
+	f.ctx, f.cancel = context.WithCancel(context.Background())
+	return f
+}
+
+func orDefault[T int64 | time.Duration](v, fallback T) T {
+	if v == 0 {
+		return fallback
+	}
+	return v
+}
+
+// Close ends every flight and inspection in progress and waits for them. Their readers get an error.
+func (f *Fetcher) Close() error {
+	f.mu.Lock()
+	f.closed = true
+	f.mu.Unlock()
+	f.cancel()
+	f.wg.Wait()
+	return nil
+}
+
+// start runs work in the background until it returns; Close cancels its context and waits for it. It reports false, and runs nothing, once
+// the Fetcher is closed.
+func (f *Fetcher) start(work func(ctx context.Context)) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return false
+	}
+	f.wg.Go(func() { work(f.ctx) })
+	return true
+}
+
+// Status says how an answer came about; the HTTP side turns it into Cache-Status (RFC 9211).
+type Status int
+
+const (
+	Hit         Status = iota // held, and fresh
+	Stale                     // held, past its time to live, being refreshed behind or the publisher doesn't answer
+	Gone                      // held, and no longer there at its publisher
+	Revalidated               // held, and the publisher just said that it is still the same
+	Miss                      // fetched for this request
+	Joined                    // somebody else's request is fetching it already
+)
+
+// String returns the status in lower-case words.
+func (s Status) String() string {
+	return [...]string{"hit", "stale", "gone", "revalidated", "miss", "joined"}[s]
+}
+
+// A Request asks for an image on behalf of a client.
+type Request struct {
+	Ref acproxy.Ref
+	// Client tells clients apart, by address. A client that was given a signature is given the image it belongs to, even if the ref has moved
+	// on to another image in between. Empty means nobody in particular.
+	Client string
+}
+
+// stickyFor is how long a client may take between asking for a signature and asking for the image.
+const stickyFor = 2 * time.Minute
+
+// maxSticky bounds the signatures remembered for clients, and the negative answers.
+const maxSticky = 100_000
+
+// answer is where an image is: held, or arriving.
+type answer struct {
+	status   Status
+	record   cache.Record     // if held
+	resolved cache.Resolution // if held
+	download *download        // if arriving
+}
+
+// Image returns the image that a ref asks for: open, if it is held; arriving, if its publisher had to be asked. The caller closes it.
+// Errors match the sentinels of package acproxy and carry the trace of what was tried.
+func (f *Fetcher) Image(ctx context.Context, req Request) (*Image, error) {
+	a, err := f.answer(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if a.download == nil {
+		return f.open(a.status, a.resolved, a.record)
+	}
+	return f.follow(ctx, a, req.Ref)
+}
+
+// A Signature is a detached OpenPGP signature as its publisher published it.
+type Signature struct {
+	Status   Status
+	Bytes    []byte    // armored or binary; nil if the image is unsigned and policy accepts that
+	Modified time.Time // as the image's
+	Later    bool      // the publisher wants to be asked again once the image was fetched
+}
+
+// Signature returns the signature of the image that a ref asks for, once a key that is trusted for its name is known to have made it. An
+// unsigned image that policy accepts gives an error matching [acproxy.ErrNotFound].
+func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error) {
+	a, err := f.answer(ctx, req)
+	if err != nil {
+		return Signature{}, err
+	}
+	if d := a.download; d != nil {
+		if d.isLater() {
+			return Signature{Status: a.status, Later: true}, nil
+		}
+		if d.signature == nil {
+			return Signature{}, unsigned(req.Ref.String())
+		}
+		return Signature{Status: a.status, Bytes: d.signature, Modified: d.modified}, nil
+	}
+	if !a.record.Signed {
+		return Signature{}, unsigned(req.Ref.String())
+	}
+	sig, err := f.cfg.Store.Signature(a.record.Digest)
+	if err != nil {
+		return Signature{}, fmt.Errorf("reading the signature of %v: %w", req.Ref, err)
+	}
+	f.stick(req, a.record.Digest)
+	return Signature{Status: a.status, Bytes: sig, Modified: a.resolved.Modified}, nil
+}
+
+// SignatureOf returns the signature of a held image, as published.
+func (f *Fetcher) SignatureOf(rec cache.Record) ([]byte, error) {
+	if !rec.Signed {
+		return nil, unsigned(rec.Name)
+	}
+	return f.cfg.Store.Signature(rec.Digest)
+}
+
+func unsigned(what string) error {
+	return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "unsigned", Detail: what + " has no signature; the policy of its prefix accepts it without one"}
+}
+
+// ByImageID returns the held image with an image ID, given whole or as its first digits (at least [acproxy.MinImageIDPrefix]). The caller
+// closes it. An ID that two images share is an error matching [acproxy.ErrInvalid].
+func (f *Fetcher) ByImageID(ctx context.Context, digits string) (*Image, error) {
+	records, err := f.cfg.Store.ByImageID(digits)
+	if err != nil {
+		return nil, err
+	}
+	var fits []cache.Record
+	var refused error
+	for _, rec := range records {
+		if err := f.acceptable(rec); err != nil {
+			refused = err
+			continue
+		}
+		fits = append(fits, rec)
+	}
+	switch {
+	case len(fits) == 0 && refused != nil:
+		return nil, refused
+	case len(fits) == 0:
+		return nil, &acproxy.Error{
+			Kind: acproxy.ErrNotFound, Code: "image-id-unknown",
+			Detail: "no image with an ID that begins with sha512-" + digits + " is held; an image that isn't can only be asked for by name",
+		}
+	}
+	for _, rec := range fits[1:] {
+		if rec.ImageID != fits[0].ImageID {
+			return nil, acproxy.Invalid("several images have an ID that begins with sha512-%s; give more digits", digits)
+		}
+	}
+	return f.open(Hit, cache.Resolution{Digest: fits[0].Digest, Modified: fits[0].Modified}, fits[0])
+}
+
+func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
+	if err := f.allowed(req.Ref.Name()); err != nil {
+		return answer{}, err
+	}
+	policy := f.policy(req.Ref.Name())
+	resolved, rec, err := f.cfg.Store.Resolve(ctx, req.Ref)
+	switch {
+	case err == nil:
+		return f.held(ctx, req, policy, resolved, rec)
+	case !errors.Is(err, acproxy.ErrNotFound):
+		return answer{}, err
+	case policy.Offline:
+		return f.fallback(req.Ref, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: req.Ref.String() + " is not held here, and this proxy is offline"})
+	}
+	if err, ok := f.negative.Get(f.negativeKey(req.Ref)); ok {
+		return answer{}, err.(error)
+	}
+	fl, joined := f.join(req.Ref, acproxy.Digest{})
+	if err := fl.wait(ctx); err != nil {
+		if outage(err) {
+			return f.fallback(req.Ref, err)
+		}
+		return answer{}, err
+	}
+	if fl.download != nil {
+		return answer{status: missOr(Joined, joined), download: fl.download}, nil
+	}
+	// The publisher's signature showed that the image is held already, under another ref.
+	resolved, rec, err = f.cfg.Store.Resolve(ctx, req.Ref)
+	if err != nil {
+		return answer{}, err
+	}
+	if err := f.acceptable(rec); err != nil {
+		return answer{}, err
+	}
+	return answer{status: Hit, resolved: resolved, record: rec}, nil
+}
+
+func missOr(s Status, joined bool) Status {
+	if joined {
+		return s
+	}
+	return Miss
+}
+
+// held answers with what the store has for a ref, asking the publisher only where a ref without a version is no longer fresh.
+func (f *Fetcher) held(ctx context.Context, req Request, policy Policy, resolved cache.Resolution, rec cache.Record) (answer, error) {
+	if stuck, ok := f.sticky.Get(stickyKey(req)); ok && stuck.(acproxy.Digest) != rec.Digest {
+		if earlier, err := f.cfg.Store.Record(stuck.(acproxy.Digest)); err == nil && f.acceptable(earlier) == nil {
+			return answer{status: Stale, resolved: cache.Resolution{Ref: req.Ref, Digest: earlier.Digest, Modified: earlier.Modified}, record: earlier}, nil
+		}
+	}
+	status, arriving, err := f.freshen(ctx, req.Ref, policy, resolved)
+	if err != nil {
+		return answer{}, err
+	}
+	if arriving != nil {
+		return answer{status: Miss, download: arriving}, nil
+	}
+	if status == Revalidated {
+		if resolved, rec, err = f.cfg.Store.Resolve(ctx, req.Ref); err != nil {
+			return answer{}, err
+		}
+	}
+	if err := f.acceptable(rec); err != nil {
+		return answer{}, err
+	}
+	f.cfg.Store.Touch(rec.Digest)
+	return answer{status: status, resolved: resolved, record: rec}, nil
+}
+
+// freshen decides whether what is held for a ref may be answered with. It returns a download if the publisher has something newer and the
+// node had to wait for it.
+func (f *Fetcher) freshen(ctx context.Context, ref acproxy.Ref, policy Policy, resolved cache.Resolution) (Status, *download, error) {
+	asHeld := Hit
+	if !resolved.Gone.IsZero() {
+		asHeld = Gone
+	}
+	age := f.now().Sub(resolved.Validated)
+	if ref.Version() != "" || policy.Offline || age < policy.TTL {
+		return asHeld, nil, nil
+	}
+	if asHeld == Hit {
+		asHeld = Stale
+	}
+	if f.pausing(ref) {
+		return asHeld, nil, nil
+	}
+	fl, _ := f.join(ref, resolved.Digest)
+	if age < policy.TTL+policy.MaxStale {
+		return asHeld, nil, nil
+	}
+	switch err := fl.wait(ctx); {
+	case err == nil && fl.download == nil:
+		return Revalidated, nil, nil
+	case err == nil:
+		return Miss, fl.download, nil
+	case ctx.Err() != nil:
+		return 0, nil, err
+	}
+	return asHeld, nil, nil
+}
+
+// fallback answers a ref that can't be asked for at its publisher with the one held image that fits it, if there is exactly one.
+func (f *Fetcher) fallback(ref acproxy.Ref, cause error) (answer, error) {
+	records, err := f.cfg.Store.Match(ref)
+	if err != nil {
+		return answer{}, errors.Join(cause, err)
+	}
+	var fits []cache.Record
+	for _, rec := range records {
+		if f.acceptable(rec) == nil {
+			fits = append(fits, rec)
+		}
+	}
+	if len(fits) != 1 {
+		return answer{}, cause
+	}
+	rec := fits[0]
+	return answer{status: Stale, record: rec, resolved: cache.Resolution{Ref: ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}}, nil
+}
+
+// outage reports whether an error says nothing about the image, only about reaching its publisher.
+func outage(err error) bool {
+	return errors.Is(err, acproxy.ErrPublisher) || errors.Is(err, acproxy.ErrTimeout)
+}
+
+func stickyKey(req Request) string { return req.Client + " " + req.Ref.String() }
+
+// stick remembers which image's signature a client was given.
+func (f *Fetcher) stick(req Request, digest acproxy.Digest) {
+	// Only a ref without a version can move on to another image between the two requests.
+	if req.Client != "" && req.Ref.Version() == "" {
+		remember(f.sticky, stickyKey(req), digest)
+	}
+}
+
+// remember adds to a cache that has no bound of its own. Expired ones go first; if all are young, the newcomer isn't remembered.
+func remember(c *gocache.Cache, key string, value any) {
+	if c.ItemCount() >= maxSticky {
+		c.DeleteExpired()
+	}
+	if c.ItemCount() < maxSticky {
+		c.SetDefault(key, value)
+	}
+}
+
+// rememberFailure keeps an error for those who ask next.
+func (f *Fetcher) rememberFailure(ref acproxy.Ref, err error) {
+	if f.cfg.NegativeTTL > 0 {
+		remember(f.negative, f.negativeKey(ref), err)
+	}
+}
+
+// negativeKey contains the keyring, so that a refusal isn't remembered past the adding of a key.
+func (f *Fetcher) negativeKey(ref acproxy.Ref) string {
+	return f.cfg.Keyring().ID() + " " + ref.String()
+}
+
+// pausing reports whether a refresh of a ref failed a moment ago, so that it isn't tried again with every request.
+func (f *Fetcher) pausing(ref acproxy.Ref) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	until, ok := f.retry[ref]
+	if ok && !f.now().Before(until) {
+		delete(f.retry, ref)
+		return false
+	}
+	return ok
+}
+
+func (f *Fetcher) pause(ref acproxy.Ref) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.retry) >= maxSticky {
+		clear(f.retry)
+	}
+	f.retry[ref] = f.now().Add(f.cfg.NegativeTTL)
+}

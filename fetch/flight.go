@@ -1,0 +1,389 @@
+package fetch
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/trust"
+)
+
+// A flight is the asking of a publisher for one ref, on behalf of everybody who wants it. It belongs to the Fetcher, not to the client that
+// started it. It has landed, for those who wait, as soon as it is known where the image is: held already, or arriving as a download. It stays
+// registered until the download has ended, so that a ref is never asked for twice at once.
+type flight struct {
+	ref  acproxy.Ref
+	have acproxy.Digest // what is held for the ref and being refreshed; zero if nothing is
+
+	landed chan struct{} // closed once the fields below are set
+	// download is nil if the image turned out to be held.
+	download *download
+	err      error
+}
+
+// wait returns when the flight has landed, with its error, or when ctx is done.
+func (fl *flight) wait(ctx context.Context) error {
+	select {
+	case <-fl.landed:
+		return fl.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// join returns the flight for a ref, started now if there was none.
+func (f *Fetcher) join(ref acproxy.Ref, have acproxy.Digest) (fl *flight, joined bool) {
+	f.mu.Lock()
+	if fl, ok := f.flights[ref]; ok {
+		f.mu.Unlock()
+		return fl, true
+	}
+	fl = &flight{ref: ref, have: have, landed: make(chan struct{})}
+	f.flights[ref] = fl
+	f.mu.Unlock()
+	// Ends when the flight does; Close cancels it and waits for it.
+	if !f.start(func(ctx context.Context) { f.fly(ctx, fl) }) {
+		f.mu.Lock()
+		delete(f.flights, ref)
+		f.mu.Unlock()
+		fl.err = errClosed
+		close(fl.landed)
+	}
+	return fl, false
+}
+
+var errClosed = &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Detail: "this proxy is shutting down"}
+
+// fly runs a flight to its end.
+func (f *Fetcher) fly(ctx context.Context, fl *flight) {
+	var trace acproxy.Trace
+	var err error
+	fl.download, err = f.locate(ctx, fl, &trace)
+	if err != nil {
+		fl.err = traced(err, trace)
+		f.landedBadly(ctx, fl)
+	}
+	if fl.download == nil {
+		f.forgetFlight(fl)
+		close(fl.landed)
+		return
+	}
+	close(fl.landed)
+	<-fl.download.decided
+	f.forgetFlight(fl)
+}
+
+func (f *Fetcher) forgetFlight(fl *flight) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.flights, fl.ref)
+}
+
+// landedBadly records what a failed flight means for what is held and for those who ask next.
+func (f *Fetcher) landedBadly(ctx context.Context, fl *flight) {
+	switch {
+	case ctx.Err() != nil:
+		return
+	case !fl.have.IsZero():
+		f.pause(fl.ref)
+		if errors.Is(fl.err, acproxy.ErrNotFound) {
+			f.markGone(fl.ref)
+		}
+		f.log.Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", fl.err)
+	case errors.Is(fl.err, acproxy.ErrNotFound) && cacheableAbsence(fl.err):
+		f.rememberFailure(fl.ref, fl.err)
+	}
+	if errors.Is(fl.err, acproxy.ErrRefused) {
+		f.recordRefusal(fl.ref, "", fl.err)
+	}
+}
+
+// cacheableAbsence reports whether "not found" was said by the publisher plainly, and by nobody who may have meant something else: a 401 or a
+// 403 may be about credentials that change.
+func cacheableAbsence(err error) bool {
+	var e *acproxy.Error
+	if !errors.As(err, &e) {
+		return true
+	}
+	for _, a := range e.Trace {
+		switch a.Status {
+		case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
+			return false
+		}
+	}
+	return true
+}
+
+// locate finds out where the image is, asking the publisher's endpoints in order until one answers. It returns nil if the image is held under
+// another ref already, or is still the one that was held.
+func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) (*download, error) {
+	if fl.have.IsZero() {
+		// It may have been committed between the caller's look at the store and the flight's beginning.
+		if _, _, err := f.cfg.Store.Resolve(ctx, fl.ref); err == nil {
+			return nil, nil
+		}
+	}
+	found, err := f.templates(ctx, fl.ref.Name(), trace)
+	if err != nil {
+		return nil, err
+	}
+	var first error
+	for _, template := range found {
+		d, err := f.locateAt(ctx, fl, template, trace)
+		switch {
+		case err == nil:
+			return d, nil
+		case errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrNoSpace) || ctx.Err() != nil:
+			// Another endpoint could only hide what this one showed.
+			return nil, err
+		case first == nil || errors.Is(first, acproxy.ErrNotFound):
+			// Of several endpoints, one that could not answer says more than one that hasn't got the image.
+			first = err
+		}
+	}
+	if first == nil {
+		first = &acproxy.Error{
+			Kind: acproxy.ErrNotFound, Code: "no-template",
+			Detail: fmt.Sprintf("none of the publisher's %d templates can be filled in with the labels of %v", len(found), fl.ref),
+		}
+	}
+	return nil, first
+}
+
+// locateAt asks one endpoint for the signature and, if that is acceptable and new, for the image.
+func (f *Fetcher) locateAt(ctx context.Context, fl *flight, template discovery.Template, trace *acproxy.Trace) (*download, error) {
+	imageURL, err := template.Expand(fl.ref, "aci")
+	if err == nil {
+		var signatureURL string
+		if signatureURL, err = template.Expand(fl.ref, "aci.asc"); err == nil {
+			return f.locateURL(ctx, fl, imageURL, signatureURL, trace)
+		}
+	}
+	*trace = append(*trace, acproxy.Attempt{What: "image", URL: template.URL, Note: "template not usable", Err: err.Error()})
+	return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-template", Err: err}
+}
+
+func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signatureURL string, trace *acproxy.Trace) (*download, error) {
+	name, policy := fl.ref.Name(), f.policy(fl.ref.Name())
+	signature, later, err := f.getSignature(ctx, name, signatureURL, policy, trace)
+	if err != nil {
+		return nil, err
+	}
+	if !later {
+		if _, err := f.cfg.Keyring().Judge(trust.Question{Name: name, Signature: signature, Policy: policy.Trust, Now: f.now()}); err != nil {
+			return nil, err
+		}
+	}
+	if digest, ok := f.heldBySignature(signature); ok {
+		return nil, f.alsoAnswers(ctx, fl.ref, digest, imageURL)
+	}
+	d, mine, err := f.claim(fl.ref, policy, imageURL, signatureURL, signature, later)
+	if err != nil {
+		return nil, err
+	}
+	if mine {
+		f.begin(ctx, fl, d, trace)
+	}
+	switch err := d.wait(ctx); {
+	case errors.Is(err, errHeld):
+		return nil, f.alsoAnswers(ctx, fl.ref, d.held, imageURL)
+	case err != nil:
+		return nil, err
+	}
+	return d, nil
+}
+
+// begin sets a download going, or ends it with the reason why not.
+func (f *Fetcher) begin(ctx context.Context, fl *flight, d *download, trace *acproxy.Trace) {
+	// Another download of the same image may have ended between the look at the store and the claim.
+	if digest, ok := f.heldBySignature(d.signature); ok {
+		d.held = digest
+		d.end(errHeld)
+		return
+	}
+	if err := f.open200(fl, d, trace); err != nil {
+		if !errors.Is(err, errHeld) {
+			err = traced(err, *trace)
+		}
+		d.end(err)
+	}
+}
+
+// errHeld ends a download that turned out not to be needed: the image is held.
+var errHeld = errors.New("held already")
+
+// getSignature returns the signature at a URL. A publisher that answers 404 has none: that is nil where policy accepts it, and an error
+// otherwise. later says that the publisher answered 202: it wants to be asked again after the image.
+func (f *Fetcher) getSignature(ctx context.Context, name, url string, policy Policy, trace *acproxy.Trace) (signature []byte, later bool, err error) {
+	resp, attempts, err := f.cfg.Web.Get(ctx, name, "signature", url, nil)
+	*trace = append(*trace, attempts...)
+	if err != nil {
+		return nil, false, err
+	}
+	defer resp.Body.Close()
+	switch resp.StatusCode {
+	case http.StatusOK:
+	case http.StatusAccepted:
+		return nil, true, nil
+	case http.StatusNotFound, http.StatusGone:
+		if policy.Trust.Signature == trust.Optional {
+			return nil, false, nil
+		}
+		return nil, false, &acproxy.Error{
+			Kind: acproxy.ErrNotFound, Code: "no-signature-found",
+			Detail: fmt.Sprintf("the publisher has no signature at %s, and the policy of %s asks for one", url, name),
+		}
+	default:
+		return nil, false, badStatus("signature", url, resp)
+	}
+	signature, err = io.ReadAll(io.LimitReader(resp.Body, f.cfg.MaxSignatureSize+1))
+	if err != nil {
+		return nil, false, fmt.Errorf("reading the signature at %s: %w", url, err)
+	}
+	if int64(len(signature)) > f.cfg.MaxSignatureSize {
+		return nil, false, &acproxy.Error{
+			Kind: acproxy.ErrPublisher, Code: "signature-too-large",
+			Detail: fmt.Sprintf("the signature at %s is longer than %d bytes, the limit that fetch.max_signature_size sets", url, f.cfg.MaxSignatureSize),
+		}
+	}
+	return signature, false, nil
+}
+
+// heldBySignature returns the image with exactly this signature, if it is held and acceptable. The same signature means the same bytes, so
+// nothing more has to be asked for.
+func (f *Fetcher) heldBySignature(signature []byte) (acproxy.Digest, bool) {
+	if signature == nil {
+		return acproxy.Digest{}, false
+	}
+	digest, ok := f.cfg.Store.BySignature(sha256.Sum256(signature))
+	if !ok {
+		return acproxy.Digest{}, false
+	}
+	rec, err := f.cfg.Store.Record(digest)
+	return digest, err == nil && f.acceptable(rec) == nil
+}
+
+// alsoAnswers lets a held image answer a ref from now on, if it fits it.
+func (f *Fetcher) alsoAnswers(ctx context.Context, ref acproxy.Ref, digest acproxy.Digest, source string) error {
+	rec, err := f.cfg.Store.Record(digest)
+	if err != nil {
+		return err
+	}
+	if err := ref.Matches(rec.Name, rec.Labels); err != nil {
+		return err
+	}
+	return f.cfg.Store.Point(ctx, f.resolution(ctx, ref, rec, source))
+}
+
+// resolution returns what a ref answers from now on: an image, with a modification time that never goes back under the same ref, because rkt
+// takes other bytes under the same URL only with a later one.
+func (f *Fetcher) resolution(ctx context.Context, ref acproxy.Ref, rec cache.Record, source string) cache.Resolution {
+	r := cache.Resolution{Ref: ref, Digest: rec.Digest, Source: source, Modified: rec.Modified, Validated: f.now()}
+	if before, _, err := f.cfg.Store.Resolve(ctx, ref); err == nil {
+		switch {
+		case before.Digest == r.Digest:
+			r.Modified = before.Modified
+		case !r.Modified.After(before.Modified):
+			r.Modified = before.Modified.Add(time.Second)
+		}
+	}
+	return r
+}
+
+func (f *Fetcher) markGone(ref acproxy.Ref) {
+	resolved, _, err := f.cfg.Store.Resolve(f.ctx, ref)
+	if err != nil {
+		return
+	}
+	if resolved.Gone.IsZero() {
+		resolved.Gone = f.now()
+	}
+	resolved.Validated = f.now()
+	if err := f.cfg.Store.Point(f.ctx, resolved); err != nil {
+		f.log.Error("marking a ref as gone upstream", "ref", ref, "err", err)
+	}
+}
+
+// open200 asks for the image and, if the publisher has it, sets the download going. A held unsigned image is asked for conditionally: its
+// validators are all there is to compare.
+func (f *Fetcher) open200(fl *flight, d *download, trace *acproxy.Trace) error {
+	header := make(http.Header)
+	if rec, err := f.cfg.Store.Record(fl.have); err == nil && d.signature == nil && !d.later {
+		if rec.ETag != "" {
+			header.Set("If-None-Match", rec.ETag)
+		}
+		if !rec.Modified.IsZero() {
+			header.Set("If-Modified-Since", rec.Modified.UTC().Format(http.TimeFormat))
+		}
+	}
+	// The body outlives this call: the download's own context ends it.
+	resp, attempts, err := f.cfg.Web.Get(d.ctx, d.name, "image", d.source, header)
+	*trace = append(*trace, attempts...)
+	if err != nil {
+		return err
+	}
+	switch {
+	case resp.StatusCode == http.StatusOK:
+		err = f.checkImageHeader(d.source, resp)
+	case resp.StatusCode == http.StatusNotModified && len(header) > 0:
+		d.held, err = fl.have, errHeld
+	case resp.StatusCode == http.StatusNotFound || resp.StatusCode == http.StatusGone:
+		err = &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-image-found", Detail: "the publisher has no image at " + d.source}
+	default:
+		err = badStatus("image", d.source, resp)
+	}
+	if err != nil {
+		// What closing a body that nobody reads says is of no interest.
+		_ = resp.Body.Close()
+		return err
+	}
+	return d.begin(resp)
+}
+
+func (f *Fetcher) checkImageHeader(url string, resp *http.Response) error {
+	if coding := resp.Header.Get("Content-Encoding"); coding != "" && coding != "identity" {
+		return &acproxy.Error{
+			Kind: acproxy.ErrPublisher, Code: "content-encoding",
+			Detail: fmt.Sprintf("%s came with Content-Encoding %q, so its signature can't match; the publisher must serve the file as it is", url, coding),
+		}
+	}
+	if resp.ContentLength > f.cfg.MaxImageSize {
+		return tooLarge(url, f.cfg.MaxImageSize)
+	}
+	return nil
+}
+
+func tooLarge(url string, limit int64) error {
+	return &acproxy.Error{
+		Kind: acproxy.ErrRefused, Code: "image-too-large",
+		Detail: fmt.Sprintf("%s is larger than %d bytes, the limit that fetch.max_image_size sets", url, limit),
+	}
+}
+
+func badStatus(what, url string, resp *http.Response) error {
+	e := &acproxy.Error{
+		Kind: acproxy.ErrPublisher, Code: "publisher-status",
+		Detail: fmt.Sprintf("the publisher answered %s for the %s at %s", resp.Status, what, url),
+	}
+	return e
+}
+
+// traced returns err with the trace of what was tried, as an *acproxy.Error of the same kind.
+func traced(err error, trace acproxy.Trace) error {
+	if len(trace) == 0 {
+		return err
+	}
+	out := &acproxy.Error{Kind: acproxy.KindOf(err), Code: acproxy.Code(err), Trace: trace, Err: err}
+	var e *acproxy.Error
+	if errors.As(err, &e) {
+		out.RetryAfter = e.RetryAfter
+	}
+	return out
+}

@@ -1,0 +1,107 @@
+package fetch
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/trust"
+)
+
+// judge asks the keys as they are now whether a signature makes an image acceptable. Without hashes it answers for the case that the bytes match.
+func (f *Fetcher) judge(name string, signature []byte, hashed trust.Hashed, policy Policy) (trust.Acceptance, error) {
+	return f.cfg.Keyring().Judge(trust.Question{Name: name, Signature: signature, Hashed: hashed, Policy: policy.Trust, Now: f.now()})
+}
+
+// judged is a verdict on a held image, and what it holds for.
+type judged struct {
+	generation string // of the keyring
+	signature  acproxy.Digest
+	until      time.Time // keys and signatures expire
+	err        error
+}
+
+// judgedFor is how long a verdict on a held image is used again while the keys stay the same.
+const judgedFor = time.Minute
+
+// acceptable returns nil if a held image may be served now: it isn't quarantined, and the keys as they are now accept its signature. The bytes
+// aren't read for it: the hash states kept in the record are enough.
+func (f *Fetcher) acceptable(rec cache.Record) error {
+	if rec.Quarantined() {
+		return &acproxy.Error{
+			Kind: acproxy.ErrRefused, Code: "quarantined",
+			Detail: fmt.Sprintf("the image of %s with digest %v is quarantined: %s", rec.Name, rec.Digest, rec.Reason),
+		}
+	}
+	generation, now := f.cfg.Keyring().ID(), f.now()
+	if v, ok := f.verdicts.Load(rec.Digest); ok {
+		if v := v.(judged); v.generation == generation && v.signature == rec.SignatureDigest && now.Before(v.until) {
+			return v.err
+		}
+	}
+	until, err := f.rejudge(rec)
+	if latest := now.Add(judgedFor); until.IsZero() || until.After(latest) {
+		until = latest
+	}
+	f.verdicts.Store(rec.Digest, judged{generation: generation, signature: rec.SignatureDigest, until: until, err: err})
+	return err
+}
+
+// rejudge decides about a held image again and returns until when the decision holds, as far as it depends on time.
+func (f *Fetcher) rejudge(rec cache.Record) (until time.Time, err error) {
+	var signature []byte
+	hashed := trust.Hashed(rec.Hashed)
+	if rec.Signed {
+		if signature, err = f.cfg.Store.Signature(rec.Digest); err != nil {
+			return until, fmt.Errorf("reading the signature of %s: %w", rec.Name, err)
+		}
+		if hashed == nil {
+			// Without the hashes Judge would answer for bytes that it can't know to match.
+			return until, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "not-verified", Detail: "the record of " + rec.Name + " doesn't say what its signature was checked against"}
+		}
+	}
+	acceptance, err := f.judge(rec.Name, signature, hashed, f.policy(rec.Name))
+	return acceptance.Until, err
+}
+
+// awaitSignature asks for a signature until its publisher has made it.
+func (f *Fetcher) awaitSignature(ctx context.Context, name, url string, policy Policy) ([]byte, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, max(f.cfg.SignatureWait, 0), &acproxy.Error{
+		Kind: acproxy.ErrTimeout, Code: "signature-not-ready",
+		Detail: fmt.Sprintf("the publisher still answers 202 Accepted for %s after %v", url, f.cfg.SignatureWait),
+	})
+	defer cancel()
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
+		var trace acproxy.Trace
+		signature, later, err := f.getSignature(ctx, name, url, policy, &trace)
+		switch {
+		case ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case err != nil:
+			return nil, traced(err, trace)
+		case !later:
+			return signature, nil
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// recordRefusal keeps the reason why an image was refused for the operator to see.
+func (f *Fetcher) recordRefusal(ref acproxy.Ref, source string, err error) {
+	refused := cache.Refused{Ref: ref, When: f.now(), Code: acproxy.Code(err), Detail: firstLine(err.Error()), Source: source}
+	if err := f.cfg.Store.Refuse(refused); err != nil {
+		f.log.Error("recording a refusal", "ref", ref, "err", err)
+	}
+}
+
+func firstLine(s string) string {
+	line, _, _ := strings.Cut(s, "\n")
+	return line
+}

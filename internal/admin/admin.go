@@ -1,0 +1,227 @@
+// Package admin lets acproxy's own commands look into a running server, over a unix socket.
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/gorilla/mux"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+)
+
+// A Store is what is looked into: an open store, or, through a [Client], that of a running server.
+type Store interface {
+	// Images returns held images in the order of names, at most limit, those after the place that the call before returned ("" begins). The
+	// next place is "" at the end.
+	Images(filter cache.Filter, after string, limit int) (images []cache.Record, next string, err error)
+	// Record returns one image by its digest, or an error matching [acproxy.ErrNotFound].
+	Record(digest acproxy.Digest) (cache.Record, error)
+	// Manifest returns an image's manifest as it is in the image.
+	Manifest(digest acproxy.Digest) ([]byte, error)
+	// ByImageID returns the images whose ID begins with some hex digits.
+	ByImageID(digits string) ([]cache.Record, error)
+	// Refusals returns the images that were refused, the latest first.
+	Refusals() ([]cache.Refused, error)
+	// Usage returns the space that the store takes.
+	Usage() (cache.Usage, error)
+}
+
+var (
+	_ Store = (*cache.Disk)(nil)
+	_ Store = (*Client)(nil)
+)
+
+// maxPage bounds one listing.
+const maxPage = 1000
+
+// A Server answers on a unix socket. Who may open the socket may ask: it is there for the user that the server runs as.
+type Server struct {
+	http    *http.Server
+	serving sync.WaitGroup
+}
+
+// Listen serves a store's insides on a unix socket at path, replacing a socket that a killed server left. Close ends it.
+func Listen(path string, store Store, log *slog.Logger) (*Server, error) {
+	if conn, err := net.Dial("unix", path); err == nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("another server answers on %s", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, listener.Close())
+	}
+	s := &Server{http: &http.Server{Handler: handler(store), ReadHeaderTimeout: 5 * time.Second}}
+	// Ends when Close closes the server, which waits for it.
+	s.serving.Go(func() {
+		if err := s.http.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			log.Error("the admin socket doesn't answer any more", "socket", path, "err", err)
+		}
+	})
+	return s, nil
+}
+
+// Close ends the server and removes the socket.
+func (s *Server) Close() error {
+	err := s.http.Close()
+	s.serving.Wait()
+	return err
+}
+
+const api = "/api/v1/"
+
+type page struct {
+	Images []cache.Record `json:"images"`
+	Next   string         `json:"next,omitempty"`
+}
+
+func handler(store Store) http.Handler {
+	router := mux.NewRouter()
+	get := func(path string, answer func(r *http.Request) (any, error)) {
+		router.Path(api + path).Methods(http.MethodGet).HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			value, err := answer(r)
+			w.Header().Set("Content-Type", "application/json")
+			if err != nil {
+				w.WriteHeader(status(err))
+				value = failure{Code: acproxy.Code(err), Detail: err.Error()}
+			}
+			// A client that has left can't be told anything.
+			_ = json.NewEncoder(w).Encode(value)
+		})
+	}
+	get("images", func(r *http.Request) (any, error) {
+		q := r.URL.Query()
+		limit, err := strconv.Atoi(q.Get("limit"))
+		if err != nil || limit < 1 || limit > maxPage {
+			return nil, acproxy.Invalid("limit %q is not a number from 1 to %d", q.Get("limit"), maxPage)
+		}
+		images, next, err := store.Images(cache.Filter{Prefix: q.Get("prefix"), State: cache.State(q.Get("state"))}, q.Get("after"), limit)
+		return page{images, next}, err
+	})
+	get("images/{digest}", func(r *http.Request) (any, error) {
+		digest, err := acproxy.ParseDigest(mux.Vars(r)["digest"])
+		if err != nil {
+			return nil, err
+		}
+		return store.Record(digest)
+	})
+	get("images/{digest}/manifest", func(r *http.Request) (any, error) {
+		digest, err := acproxy.ParseDigest(mux.Vars(r)["digest"])
+		if err != nil {
+			return nil, err
+		}
+		manifest, err := store.Manifest(digest)
+		return json.RawMessage(manifest), err
+	})
+	get("image-ids/{digits}", func(r *http.Request) (any, error) { return store.ByImageID(mux.Vars(r)["digits"]) })
+	get("refusals", func(*http.Request) (any, error) { return store.Refusals() })
+	get("usage", func(*http.Request) (any, error) { return store.Usage() })
+	return router
+}
+
+type failure struct {
+	Code   string `json:"code"`
+	Detail string `json:"detail"`
+}
+
+func status(err error) int {
+	switch acproxy.KindOf(err) {
+	case acproxy.ErrNotFound:
+		return http.StatusNotFound
+	case acproxy.ErrInvalid:
+		return http.StatusBadRequest
+	}
+	return http.StatusInternalServerError
+}
+
+// A Client asks a running server.
+type Client struct{ http *http.Client }
+
+// Dial returns a client of the server that answers on a socket. It returns an error matching [acproxy.ErrNotFound] if none does.
+func Dial(path string) (*Client, error) {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}
+	conn, err := dial(context.Background(), "", "")
+	if err != nil {
+		return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-server", Detail: "no server answers on " + path, Err: err}
+	}
+	if err := conn.Close(); err != nil {
+		return nil, err
+	}
+	return &Client{&http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}, Timeout: time.Minute}}, nil
+}
+
+func (c *Client) get(path string, value any) error {
+	resp, err := c.http.Get("http://acproxy" + api + path)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		var f failure
+		if err := json.NewDecoder(resp.Body).Decode(&f); err != nil {
+			return fmt.Errorf("the server answered %s", resp.Status)
+		}
+		kind := map[int]error{http.StatusNotFound: acproxy.ErrNotFound, http.StatusBadRequest: acproxy.ErrInvalid}[resp.StatusCode]
+		return &acproxy.Error{Kind: kind, Code: f.Code, Detail: f.Detail}
+	}
+	return json.NewDecoder(resp.Body).Decode(value)
+}
+
+// Images is [Store.Images] of the server.
+func (c *Client) Images(filter cache.Filter, after string, limit int) ([]cache.Record, string, error) {
+	var p page
+	query := url.Values{"prefix": {filter.Prefix}, "state": {string(filter.State)}, "after": {after}, "limit": {strconv.Itoa(limit)}}
+	err := c.get("images?"+query.Encode(), &p)
+	return p.Images, p.Next, err
+}
+
+// Record is [Store.Record] of the server.
+func (c *Client) Record(digest acproxy.Digest) (rec cache.Record, err error) {
+	err = c.get("images/"+digest.String(), &rec)
+	return rec, err
+}
+
+// Manifest is [Store.Manifest] of the server.
+func (c *Client) Manifest(digest acproxy.Digest) ([]byte, error) {
+	var raw json.RawMessage
+	err := c.get("images/"+digest.String()+"/manifest", &raw)
+	return raw, err
+}
+
+// ByImageID is [Store.ByImageID] of the server.
+func (c *Client) ByImageID(digits string) (records []cache.Record, err error) {
+	err = c.get("image-ids/"+digits, &records)
+	return records, err
+}
+
+// Refusals is [Store.Refusals] of the server.
+func (c *Client) Refusals() (refusals []cache.Refused, err error) {
+	err = c.get("refusals", &refusals)
+	return refusals, err
+}
+
+// Usage is [Store.Usage] of the server.
+func (c *Client) Usage() (usage cache.Usage, err error) {
+	err = c.get("usage", &usage)
+	return usage, err
+}

@@ -1,0 +1,393 @@
+package server
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/textproto"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"bytes"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/trust"
+)
+
+const (
+	imagesPath = Root + "images/"
+	keysPath   = Root + "keys/"
+
+	extImage     = "aci"
+	extSignature = "aci.asc"
+)
+
+// image answers direct URLs:
+//
+//	/.acproxy/images/NAME.aci?version=1.0&os=linux      by name and any labels
+//	/.acproxy/images/sha512-….aci                       by image ID
+//
+// and both with .aci.asc for the signature.
+func (s *Server) image(w http.ResponseWriter, r *http.Request) error {
+	path, ext, err := splitExt(strings.TrimPrefix(r.URL.EscapedPath(), imagesPath))
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(path, "sha512-") {
+		return s.byImageID(w, r, path, ext)
+	}
+	ref, err := directRef(path, r.URL.RawQuery)
+	if err != nil {
+		return err
+	}
+	return s.serveRef(w, r, ref, ext)
+}
+
+// splitExt takes the extension off the end of a path, which it also decodes.
+func splitExt(escaped string) (path, ext string, err error) {
+	path, err = url.PathUnescape(escaped)
+	if err != nil {
+		return "", "", acproxy.Invalid("the path is not percent-encoded properly: %v", err)
+	}
+	for _, ext := range []string{extSignature, extImage} {
+		if base, ok := strings.CutSuffix(path, "."+ext); ok {
+			return base, ext, nil
+		}
+	}
+	return "", "", acproxy.Invalid("%.128q ends neither in .aci (the image) nor in .aci.asc (its signature)", path)
+}
+
+// directRef reads a name and the labels in a query. A plus sign is a plus sign: clients fill versions like 1.0+git into the template as they
+// are, and none of them writes a space as a plus.
+func directRef(name, rawQuery string) (acproxy.Ref, error) {
+	labels := make(map[string]string)
+	for pair := range strings.SplitSeq(rawQuery, "&") {
+		if pair == "" {
+			continue
+		}
+		rawLabel, rawValue, _ := strings.Cut(pair, "=")
+		label, err := url.PathUnescape(rawLabel)
+		value, valueErr := url.PathUnescape(rawValue)
+		if err := errors.Join(err, valueErr); err != nil {
+			return acproxy.Ref{}, acproxy.Invalid("the query is not percent-encoded properly: %v", err)
+		}
+		if _, twice := labels[label]; twice {
+			return acproxy.Ref{}, acproxy.Invalid("the label %.64q is given twice", label)
+		}
+		labels[label] = value
+	}
+	return acproxy.NewRef(name, labels)
+}
+
+// directPath returns the direct URL's path and query for a ref; directRef reads it.
+func directPath(ref acproxy.Ref, ext string) string {
+	var query []string
+	for label, value := range ref.Labels() {
+		query = append(query, label+"="+strings.ReplaceAll(url.QueryEscape(value), "+", "%20"))
+	}
+	path := imagesPath + ref.Name() + "." + ext
+	if len(query) > 0 {
+		path += "?" + strings.Join(query, "&")
+	}
+	return path
+}
+
+// serveRef is where all front doors meet that ask for an image or a signature by name.
+func (s *Server) serveRef(w http.ResponseWriter, r *http.Request, ref acproxy.Ref, ext string) error {
+	noteRef(r, ref.String())
+	req := fetch.Request{Ref: ref, Client: client(r)}
+	if ext == extSignature {
+		sig, err := s.cfg.Fetcher.Signature(r.Context(), req)
+		if err != nil {
+			return err
+		}
+		return s.serveSignature(w, r, ref, sig)
+	}
+	im, err := s.cfg.Fetcher.Image(r.Context(), req)
+	if err != nil {
+		return err
+	}
+	defer im.Close()
+	s.cacheHeader(w, im.Status, ref)
+	return s.serveImage(w, r, im)
+}
+
+func (s *Server) byImageID(w http.ResponseWriter, r *http.Request, id, ext string) error {
+	digits, err := acproxy.ParseImageIDPrefix(id)
+	if err != nil {
+		return err
+	}
+	noteRef(r, id)
+	im, err := s.cfg.Fetcher.ByImageID(r.Context(), digits)
+	if err != nil {
+		return err
+	}
+	defer im.Close()
+	s.cacheHeader(w, im.Status, acproxy.Ref{})
+	if ext == extImage {
+		return s.serveImage(w, r, im)
+	}
+	sig, err := s.cfg.Fetcher.SignatureOf(*im.Record)
+	if err != nil {
+		return err
+	}
+	return s.serveSignature(w, r, acproxy.Ref{}, fetch.Signature{Status: im.Status, Bytes: sig, Modified: im.Modified})
+}
+
+// serveSignature sends a signature in the form that rkt reads: armored.
+func (s *Server) serveSignature(w http.ResponseWriter, r *http.Request, ref acproxy.Ref, sig fetch.Signature) error {
+	s.cacheHeader(w, sig.Status, ref)
+	if sig.Later {
+		// rkt knows this: it fetches the image and asks again.
+		w.Header().Set("Retry-After", "1")
+		w.WriteHeader(http.StatusAccepted)
+		return nil
+	}
+	armored, err := trust.ArmorSignature(sig.Bytes)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(armored)
+	h := w.Header()
+	h.Set("Content-Type", "application/pgp-signature")
+	h.Set("ETag", fmt.Sprintf(`"a-%x"`, sum[:16]))
+	h.Set("Repr-Digest", reprDigest(sum))
+	http.ServeContent(w, r, "", sig.Modified, bytes.NewReader(armored))
+	return nil
+}
+
+func reprDigest(sum [sha256.Size]byte) string {
+	return "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
+}
+
+// cacheHeader says how the answer came about (RFC 9211), and for how long it may be used again.
+func (s *Server) cacheHeader(w http.ResponseWriter, status fetch.Status, ref acproxy.Ref) {
+	h := w.Header()
+	h.Set("Cache-Status", cacheStatus(status))
+	age := s.cfg.MaxAge
+	if !ref.IsZero() && ref.Version() == "" {
+		age = min(age, s.cfg.TTL)
+	}
+	if age == 0 {
+		h.Set("Cache-Control", "no-cache")
+		return
+	}
+	h.Set("Cache-Control", "max-age="+strconv.Itoa(int(age.Seconds())))
+}
+
+func cacheStatus(status fetch.Status) string {
+	switch status {
+	case fetch.Hit:
+		return "acproxy; hit"
+	case fetch.Stale:
+		return "acproxy; hit; detail=STALE"
+	case fetch.Gone:
+		return "acproxy; hit; detail=GONE"
+	case fetch.Revalidated:
+		return "acproxy; hit; detail=REVALIDATED"
+	case fetch.Joined:
+		return "acproxy; fwd=uri-miss; collapsed"
+	}
+	return "acproxy; fwd=uri-miss"
+}
+
+// serveImage sends an image, held or arriving.
+func (s *Server) serveImage(w http.ResponseWriter, r *http.Request, im *fetch.Image) error {
+	if im.Arriving() {
+		done, err := s.serveArriving(w, r, im)
+		if done || err != nil {
+			return err
+		}
+	}
+	imageHeader(w, im)
+	w.Header().Set("Repr-Digest", reprDigest(im.Record.Digest))
+	if !im.Record.ImageID.IsZero() {
+		w.Header().Set("X-Appc-Image-Id", im.Record.ImageID.String())
+	}
+	http.ServeContent(w, r, "", im.Modified, im.File())
+	return nil
+}
+
+func imageHeader(w http.ResponseWriter, im *fetch.Image) {
+	h := w.Header()
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Accept-Ranges", "bytes")
+	h.Set("ETag", im.ETag)
+	h.Set("Last-Modified", im.Modified.UTC().Format(http.TimeFormat))
+}
+
+// serveArriving sends an image while it arrives. It reports false, with nothing sent and the image held by then, for requests that need to know
+// the end first.
+func (s *Server) serveArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image) (done bool, err error) {
+	span, ok := arrivingSpan(r, im)
+	if !ok {
+		return false, im.Decided(r.Context())
+	}
+	imageHeader(w, im)
+	h := w.Header()
+	switch {
+	case span.status == http.StatusNotModified:
+		h.Del("Content-Type")
+		w.WriteHeader(span.status)
+		return true, nil
+	case span.status == http.StatusRequestedRangeNotSatisfiable:
+		h.Set("Content-Range", fmt.Sprintf("bytes */%d", im.Size))
+		h.Set("Content-Length", "0")
+		w.WriteHeader(span.status)
+		return true, nil
+	case span.status == http.StatusPartialContent:
+		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", span.from, span.to-1, im.Size))
+	}
+	if span.to >= 0 {
+		h.Set("Content-Length", strconv.FormatInt(span.to-span.from, 10))
+	}
+	w.WriteHeader(span.status)
+	if r.Method == http.MethodHead {
+		return true, nil
+	}
+	copyArriving(w, r, im, span)
+	return true, nil
+}
+
+// copyArriving sends what may be delivered as it comes. An image that turns out bad never ends cleanly: the connection (the stream, with HTTP/2)
+// is cut.
+func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span span) {
+	flusher := http.NewResponseController(w)
+	file := im.Growing()
+	_, err := file.Seek(span.from, io.SeekStart)
+	for offset := span.from; err == nil && (span.to < 0 || offset < span.to); {
+		// What came so far must not wait in a buffer for what comes next.
+		if err = flusher.Flush(); err != nil {
+			break
+		}
+		var upTo int64
+		upTo, err = im.Await(r.Context(), offset)
+		if err == io.EOF && span.to < 0 {
+			return
+		}
+		if err != nil {
+			break
+		}
+		if span.to >= 0 {
+			upTo = min(upTo, span.to)
+		}
+		var n int64
+		n, err = io.CopyN(w, file, upTo-offset)
+		offset += n
+	}
+	if err != nil {
+		note(r, 0, err)
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// span is what part of an image a request gets: bytes from to to (excluded; -1 is the unknown end), with a status.
+type span struct {
+	status   int
+	from, to int64
+}
+
+// arrivingSpan decides what a request gets of an image that is still arriving (RFC 9110 §13.2.2 and §14). It reports false for what needs the
+// whole image first: several ranges, ranges of an unknown length, ranges from the end, preconditions on writing.
+func arrivingSpan(r *http.Request, im *fetch.Image) (span, bool) {
+	h := r.Header
+	if h.Get("If-Match") != "" || h.Get("If-Unmodified-Since") != "" || im.Size < 0 && !r.ProtoAtLeast(1, 1) {
+		// HTTP/1.0 can't tell a cut body of unknown length from a whole one.
+		return span{}, false
+	}
+	whole := span{status: http.StatusOK, to: im.Size}
+	if tags := h.Get("If-None-Match"); tags != "" {
+		if matchesETag(tags, im.ETag) {
+			return span{status: http.StatusNotModified}, true
+		}
+	} else if since, err := http.ParseTime(h.Get("If-Modified-Since")); err == nil && !im.Modified.Truncate(time.Second).After(since) {
+		return span{status: http.StatusNotModified}, true
+	}
+	ranges := h.Get("Range")
+	if ranges == "" || !rangeApplies(h.Get("If-Range"), im) {
+		return whole, true
+	}
+	from, to, ok := parseRange(ranges)
+	if !ok || im.Size < 0 {
+		return span{}, false
+	}
+	if from >= im.Size {
+		return span{status: http.StatusRequestedRangeNotSatisfiable}, true
+	}
+	if to < 0 || to > im.Size {
+		to = im.Size
+	}
+	return span{status: http.StatusPartialContent, from: from, to: to}, true
+}
+
+// matchesETag compares weakly, as If-None-Match asks for (RFC 9110 §13.1.2).
+func matchesETag(tags, etag string) bool {
+	for tag := range strings.SplitSeq(tags, ",") {
+		tag = textproto.TrimString(tag)
+		if tag == "*" || strings.TrimPrefix(tag, "W/") == etag {
+			return true
+		}
+	}
+	return false
+}
+
+// rangeApplies evaluates If-Range: strongly by ETag, exactly by date (RFC 9110 §13.1.5).
+func rangeApplies(condition string, im *fetch.Image) bool {
+	if condition == "" || condition == im.ETag {
+		return true
+	}
+	t, err := http.ParseTime(condition)
+	return err == nil && t.Equal(im.Modified.Truncate(time.Second))
+}
+
+// parseRange reads one range with a beginning: "bytes=N-" or "bytes=N-M". to is one past the last byte, -1 for the end of the image.
+func parseRange(s string) (from, to int64, ok bool) {
+	spec, ok := strings.CutPrefix(s, "bytes=")
+	if !ok {
+		return 0, 0, false
+	}
+	first, last, ok := strings.Cut(strings.TrimSpace(spec), "-")
+	if !ok || !digits(first) || last != "" && !digits(last) {
+		return 0, 0, false
+	}
+	from, err := strconv.ParseInt(first, 10, 64)
+	if err != nil {
+		return 0, 0, false
+	}
+	if last == "" {
+		return from, -1, true
+	}
+	to, err = strconv.ParseInt(last, 10, 64)
+	return from, to + 1, err == nil && to >= from && to+1 > to
+}
+
+func digits(s string) bool {
+	return s != "" && strings.Trim(s, "0123456789") == ""
+}
+
+// key answers with one armored public key.
+func (s *Server) key(w http.ResponseWriter, r *http.Request) error {
+	fingerprint, ok := strings.CutSuffix(strings.TrimPrefix(r.URL.EscapedPath(), keysPath), ".asc")
+	if !ok {
+		return s.unknown(w, r)
+	}
+	for _, key := range s.cfg.Keyring().All() {
+		if string(key.Fingerprint) != fingerprint {
+			continue
+		}
+		w.Header().Set("Content-Type", "application/pgp-keys")
+		w.Header().Set("Cache-Control", "no-cache")
+		armored := key.Armored()
+		sum := sha256.Sum256(armored)
+		w.Header().Set("ETag", fmt.Sprintf(`"k-%x"`, sum[:16]))
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(armored))
+		return nil
+	}
+	return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-such-key", Detail: "no trusted key has the fingerprint " + fmt.Sprintf("%.80q", fingerprint)}
+}

@@ -1,0 +1,211 @@
+// Package server speaks HTTP to nodes: discovery pages, signatures, images and keys, through every front door.
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/gorilla/mux"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/trust"
+)
+
+// Root is the path under which everything that is acproxy's own lies, under whatever host name a node came by. An image name can't contain
+// "/.", so it never hides a publisher's discovery page.
+const Root = "/.acproxy/"
+
+// Config is what a Server works with. Its fields may not change after New.
+type Config struct {
+	Fetcher *fetch.Fetcher
+	Keyring func() *trust.Keyring // the keys as they are now
+
+	// PublicURL is the scheme and host that the templates on discovery pages point to. nil means those that the client used.
+	PublicURL *url.URL
+	// MaxAge is the Cache-Control max-age of images and signatures; of those without a version it is TTL if that is less. 0 has nodes ask
+	// every time.
+	MaxAge time.Duration
+	TTL    time.Duration
+	// Via is this server's own name in Via headers; a request that carries it has come round in a loop.
+	Via string
+
+	// Certificate vouches for an image host inside a CONNECT connection. nil means that no connection is terminated.
+	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	CAPEM       []byte                                                      // the local CA's certificate, to hand out; nil if there is none
+	ImageHost   func(host string) bool                                      // whether the proxy front door answers for a host; nil means for none
+	Tunnel      bool                                                        // let other hosts through untouched
+	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
+
+	AccessLog bool
+	Log       *slog.Logger     // nil means slog.Default
+	Now       func() time.Time // nil means time.Now
+}
+
+// A Server answers nodes. It is safe for concurrent use.
+type Server struct {
+	cfg    Config
+	log    *slog.Logger
+	now    func() time.Time
+	router *mux.Router
+
+	inner *inner // serves terminated CONNECT connections; nil if none are
+}
+
+// New returns a Server. Close ends the connections that its proxy front door has taken over.
+func New(cfg Config) *Server {
+	s := &Server{cfg: cfg, log: cfg.Log, now: cfg.Now}
+	if s.log == nil {
+		s.log = slog.Default()
+	}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	s.router = s.routes()
+	if cfg.Certificate != nil && cfg.ImageHost != nil {
+		s.inner = newInner(s)
+	}
+	return s
+}
+
+// Close ends the connections that CONNECT requests were turned into, and waits for them.
+func (s *Server) Close() error {
+	if s.inner == nil {
+		return nil
+	}
+	return s.inner.close()
+}
+
+// handler answers a request, or returns why it can't; [Server.fail] turns that into the response.
+type handler func(w http.ResponseWriter, r *http.Request) error
+
+func (s *Server) routes() *mux.Router {
+	// Names and labels come unescaped and hostile: a path is never cleaned and never decoded before it is taken apart.
+	router := mux.NewRouter().SkipClean(true).UseEncodedPath()
+	handle := func(route *mux.Route, h handler) { route.Handler(s.wrap(h)) }
+	get := func(h handler) handler { return only(h, http.MethodGet, http.MethodHead) }
+
+	handle(router.PathPrefix(imagesPath), get(s.image))
+	handle(router.PathPrefix(mesosPath), get(s.mesos))
+	handle(router.PathPrefix(keysPath), get(s.key))
+	handle(router.Path(Root+"ca.pem"), get(s.caCertificate))
+	handle(router.Path(Root+"healthz"), get(s.health))
+	handle(router.PathPrefix(Root), get(s.unknown))
+	handle(router.Queries("ac-discovery", "{flag}"), get(s.discovery))
+	handle(router.MatcherFunc(isImagePath), get(s.publisherURL))
+	handle(router.Path("/"), get(s.landing))
+	router.NotFoundHandler = s.wrap(get(s.unknown))
+	return router
+}
+
+// Handler returns the handler for a listener. With proxy it also is a front door for clients that have acproxy as their HTTP proxy: CONNECT and
+// absolute-form requests.
+func (s *Server) Handler(proxy bool) http.Handler {
+	routed := http.Handler(s.router)
+	direct := s.observe(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Method == http.MethodConnect || r.URL.IsAbs():
+			if !proxy {
+				s.fail(w, r, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "not-a-proxy", Detail: "this listener is no HTTP proxy; set proxy: true for it in the configuration"})
+				return
+			}
+			s.wrap(s.proxy).ServeHTTP(w, r)
+		default:
+			routed.ServeHTTP(w, r)
+		}
+	}))
+	return direct
+}
+
+// wrap turns a handler into an http.Handler: the one place where an error becomes a response.
+func (s *Server) wrap(h handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := h(w, r); err != nil {
+			s.fail(w, r, err)
+		}
+	})
+}
+
+// only refuses all methods but the given ones.
+func only(h handler, methods ...string) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		for _, m := range methods {
+			if r.Method == m {
+				return h(w, r)
+			}
+		}
+		w.Header().Set("Allow", strings.Join(methods, ", "))
+		return &statusError{http.StatusMethodNotAllowed, &acproxy.Error{Kind: acproxy.ErrInvalid, Code: "method-not-allowed", Detail: r.Method + " is not possible here"}}
+	}
+}
+
+func (s *Server) unknown(_ http.ResponseWriter, r *http.Request) error {
+	return &acproxy.Error{
+		Kind: acproxy.ErrNotFound, Code: "no-such-page",
+		Detail: "there is nothing at " + r.URL.EscapedPath() + "; discovery needs ?ac-discovery=1, an image is asked for as " + imagesPath + "NAME.aci?version=VERSION",
+	}
+}
+
+func (s *Server) health(w http.ResponseWriter, _ *http.Request) error {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	_, err := w.Write([]byte("ok\n"))
+	return gone(err)
+}
+
+func (s *Server) caCertificate(w http.ResponseWriter, _ *http.Request) error {
+	if s.cfg.CAPEM == nil {
+		return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-local-ca", Detail: "this proxy has no local CA; acproxy ca init makes one"}
+	}
+	w.Header().Set("Content-Type", "application/x-pem-file")
+	_, err := w.Write(s.cfg.CAPEM)
+	return gone(err)
+}
+
+// gone turns the error of writing to a client into the end of the request: the client has left, there is nobody to tell.
+func gone(err error) error {
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	return nil
+}
+
+// requestScheme returns the scheme that the client used.
+func requestScheme(r *http.Request) string {
+	switch {
+	case r.TLS != nil:
+		return "https"
+	case r.URL.Scheme != "":
+		return r.URL.Scheme
+	}
+	return "http"
+}
+
+// requestHost returns the host name that the client used, lower-case and without the port.
+func requestHost(r *http.Request) string { return hostname(r.Host) }
+
+func hostname(hostport string) string {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		host = hostport
+	}
+	return strings.ToLower(strings.TrimSuffix(strings.Trim(host, "[]"), "."))
+}
+
+// client returns what tells one client from another: its address without the port.
+func client(r *http.Request) string {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return r.RemoteAddr
+	}
+	return host
+}
+
+// left reports whether the client has gone away.
+func left(r *http.Request) bool { return errors.Is(r.Context().Err(), context.Canceled) }
