@@ -28,6 +28,7 @@ type Record struct {
 	SignatureDigest acproxy.Digest `json:"signatureDigest"` // SHA-256 of the signature as published; zero without one
 	Signers         []Signer       `json:"signers,omitempty"`
 	RktWarning      string         `json:"rktWarning,omitempty"` // why rkt's own check will refuse what is accepted here
+	Policy          string         `json:"policy,omitempty"`     // what was asked of the signature when the image was accepted
 	// Hashed are the hash states from which the signature can be judged again without reading the blob.
 	Hashed map[string][]byte `json:"hashed,omitempty"`
 
@@ -168,6 +169,9 @@ type Store interface {
 	HasName(name string) (bool, error)
 	// Uninspected returns the images whose inspection is not finished, quarantined ones excepted.
 	Uninspected() ([]Record, error)
+	// Images returns up to limit images, 0 for all, by name and version: those after the place that the call before returned, "" for the first
+	// call. It returns "" as the next place when there are no more.
+	Images(filter Filter, after string, limit int) (records []Record, next string, err error)
 	// Manifest returns the image manifest as it is in the image, or an error matching [acproxy.ErrNotFound].
 	Manifest(digest acproxy.Digest) ([]byte, error)
 	// Signature returns the signature as published, or an error matching [acproxy.ErrNotFound] if there is none.

@@ -65,11 +65,7 @@ func (d *Disk) change(digest acproxy.Digest, edit func(*image) error) error {
 
 func (d *Disk) changeLocked(digest acproxy.Digest, edit func(*image) error) (displaced []acproxy.Digest, err error) {
 	defer d.locks.lock(digest)()
-	var img *image
-	err = d.view(func(tx *bolt.Tx) (err error) {
-		img, err = getImage(tx, digest)
-		return err
-	})
+	img, err := d.imageLocked(digest)
 	switch {
 	case err != nil:
 		return nil, err

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -76,6 +77,10 @@ type Disk struct {
 	locks     locks      // by digest, of an image's files and rows; by the digest of a name, of its file and row. Nobody waits for a second while holding one.
 	replacing sync.Mutex // held while one index takes the place of another
 
+	generation atomic.Uint64 // of what the index says
+	hotRefs    hot[acproxy.Ref, answer]
+	hotRecords hot[acproxy.Digest, Record]
+
 	mu       sync.Mutex
 	ix       *index
 	settled  bool          // the index has been verified, and knows of everything
@@ -133,7 +138,7 @@ func (d *Disk) open() error {
 	if err != nil {
 		return err
 	}
-	ix, err := openIndex(d.path(indexFile))
+	ix, err := openIndex(d.path(indexFile), &d.generation)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.log.Info("the index is made from what is in the store", "dir", d.dir)
@@ -257,7 +262,7 @@ func (d *Disk) newIndex() (*index, error) {
 	if err := createIndex(d.fsys, d.temp(), d.path(indexFile)); err != nil {
 		return nil, fmt.Errorf("making an index: %w", err)
 	}
-	return openIndex(d.path(indexFile))
+	return openIndex(d.path(indexFile), &d.generation)
 }
 
 // anotherIndex sets the index aside and makes an empty one.
@@ -389,27 +394,35 @@ func (d *Disk) announce(ix *index, settled bool) {
 	d.changed = make(chan struct{})
 }
 
-// knowledge returns whether the store knows all it holds, and what is closed when it knows more.
-func (d *Disk) knowledge() (settled bool, changed <-chan struct{}) {
+// knowledge is what can be said of the index at a moment.
+type knowledge struct {
+	ix      *index
+	settled bool            // it names all that is held
+	changed <-chan struct{} // closed when it names more
+}
+
+func (d *Disk) knowledge() knowledge {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.settled, d.changed
+	return knowledge{d.ix, d.settled, d.changed}
 }
+
+// complete reports whether a look-up that found nothing after k was taken has found nothing in an index that names all that is held.
+func (d *Disk) complete(k knowledge) bool { return k.settled && d.index() == k.ix }
 
 // Rebuilding reports whether the index is still being checked or made, so that what it doesn't name may be held all the same.
 func (d *Disk) Rebuilding() bool {
-	settled, _ := d.knowledge()
-	return !settled
+	return !d.knowledge().settled
 }
 
 // Ready waits until Rebuilding is false.
 func (d *Disk) Ready(ctx context.Context) error {
 	for {
-		settled, changed := d.knowledge()
-		if settled {
+		k := d.knowledge()
+		if k.settled {
 			return nil
 		}
-		if err := d.await(ctx, changed); err != nil {
+		if err := d.await(ctx, k.changed); err != nil {
 			return err
 		}
 	}

@@ -33,6 +33,8 @@ type index struct {
 	// stuck is set when bbolt panicked with one of its own locks held: closing it would never end.
 	stuck atomic.Bool
 
+	generation *atomic.Uint64 // goes up with every change, before anybody is told that it was made
+
 	writes chan *write
 	marked bool // the writer's own: the index says that it is open
 	quit   chan struct{}
@@ -53,12 +55,12 @@ const minMap = 64 << 20
 
 // openIndex opens an existing file. It reads no more than its head: check has to be called before it can be used. A file that bbolt couldn't
 // work with is an error matching errPages.
-func openIndex(path string) (*index, error) {
+func openIndex(path string, generation *atomic.Uint64) (*index, error) {
 	size, err := checkHead(path)
 	if err != nil {
 		return nil, err
 	}
-	x := &index{path: path, safe: make(chan struct{}), writes: make(chan *write), quit: make(chan struct{})}
+	x := &index{path: path, safe: make(chan struct{}), generation: generation, writes: make(chan *write), quit: make(chan struct{})}
 	err = x.guard(func() error {
 		x.db, err = bolt.Open(path, filePerm, &bolt.Options{
 			Timeout: openTimeout, FreelistType: bolt.FreelistMapType, InitialMmapSize: max(minMap, 2*int(size)), NoStatistics: true,
@@ -307,6 +309,8 @@ func (x *index) run(changes []*write) error {
 		}
 		return tx.Commit()
 	})
+	// After a failure too: it may have been done all the same.
+	x.generation.Add(1)
 	switch {
 	case err == nil:
 		x.marked = true

@@ -20,35 +20,53 @@ import (
 func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record, error) {
 	for {
 		// Asked before looking: what becomes known in between is then waited for in vain, and seen at the next turn.
-		settled, changed := d.knowledge()
-		r, rec, ok, err := d.resolve(ref)
+		k := d.knowledge()
+		a, ok, err := d.resolve(ref)
 		switch {
 		case err != nil:
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
-		case ok && rec.lost():
-			return Resolution{}, Record{}, notFound("blob-gone", fmt.Sprintf("%v was held, but %s", ref, rec.Reason))
+		case ok && a.rec.lost():
+			return Resolution{}, Record{}, notFound("blob-gone", fmt.Sprintf("%v was held, but %s", ref, a.rec.Reason))
 		case ok:
-			return r, rec, nil
-		case settled:
+			return a.to, a.rec, nil
+		case d.complete(k):
 			return Resolution{}, Record{}, notFound("not-held", ref.String()+" is not held")
 		}
-		if err := d.await(ctx, changed); err != nil {
+		if k.settled {
+			// The index was replaced in between.
+			continue
+		}
+		if err := d.await(ctx, k.changed); err != nil {
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
 		}
 	}
 }
 
-func (d *Disk) resolve(ref acproxy.Ref) (r Resolution, rec Record, ok bool, err error) {
+// answer is what a ref answers.
+type answer struct {
+	to  Resolution
+	rec Record
+}
+
+func (d *Disk) resolve(ref acproxy.Ref) (a answer, ok bool, err error) {
+	generation := d.generation.Load()
+	if a, ok := d.hotRefs.get(generation, ref); ok {
+		return a, true, nil
+	}
 	err = d.view(func(tx *bolt.Tx) error {
-		if ok, err = getJSON(tx, bucketRefs, []byte(ref.String()), &r); !ok {
+		a = answer{}
+		if ok, err = getJSON(tx, bucketRefs, []byte(ref.String()), &a.to); !ok {
 			return err
 		}
 		var h held
-		h, ok, err = getRecord(tx, r.Digest)
-		rec = h.Record
+		h, ok, err = getRecord(tx, a.to.Digest)
+		a.rec = h.Record
 		return err
 	})
-	return r, rec, ok, err
+	if ok && err == nil {
+		d.hotRefs.put(generation, ref, a)
+	}
+	return a, ok, err
 }
 
 // Record implements [Store].
@@ -63,7 +81,7 @@ func (d *Disk) Record(digest acproxy.Digest) (Record, error) {
 // image returns everything about an image. While the index is being made, one that isn't in it yet is looked for in its sidecar.
 func (d *Disk) image(digest acproxy.Digest) (*image, error) {
 	for {
-		settled, _ := d.knowledge()
+		k := d.knowledge()
 		var img *image
 		err := d.view(func(tx *bolt.Tx) (err error) {
 			if img, err = getImage(tx, digest); img != nil {
@@ -77,7 +95,7 @@ func (d *Disk) image(digest acproxy.Digest) (*image, error) {
 		case img != nil:
 			d.useTouched(&img.Record)
 			return img, nil
-		case settled:
+		case d.complete(k):
 			return nil, notHeld(digest)
 		}
 		// The index takes it from there, so that the next turn finds it if it exists at all.
@@ -105,6 +123,29 @@ func (d *Disk) adoptOne(digest acproxy.Digest) (bool, error) {
 	})
 	d.rewrite(displaced)
 	return len(left) == 0, err
+}
+
+// imageLocked returns everything about an image whose lock the caller holds, nil if it is not held.
+func (d *Disk) imageLocked(digest acproxy.Digest) (*image, error) {
+	var img *image
+	err := d.view(func(tx *bolt.Tx) (err error) {
+		img, err = getImage(tx, digest)
+		return err
+	})
+	// If there is a sidecar, the index can't become complete without this lock: what is said of it here still holds.
+	if err != nil || img != nil || !d.Rebuilding() {
+		return img, err
+	}
+	img, err = d.readSidecar(digest)
+	switch {
+	case err == nil:
+		d.raise(img.Refs)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case unreadable(err):
+		return nil, d.setAside(d.sidecarPath(digest), err.Error())
+	}
+	return img, err
 }
 
 func useLatest(tx *bolt.Tx, rec *Record) error {
@@ -171,14 +212,22 @@ func (d *Disk) OpenBlob(digest acproxy.Digest) (*os.File, error) {
 
 // record is Record without the time of the last use.
 func (d *Disk) record(digest acproxy.Digest) (Record, error) {
+	generation := d.generation.Load()
+	if rec, ok := d.hotRecords.get(generation, digest); ok {
+		return rec, nil
+	}
 	var h held
 	var ok bool
 	err := d.view(func(tx *bolt.Tx) (err error) {
 		h, ok, err = getRecord(tx, digest)
 		return err
 	})
-	if ok || err != nil {
-		return h.Record, err
+	if err != nil {
+		return Record{}, err
+	}
+	if ok {
+		d.hotRecords.put(generation, digest, h.Record)
+		return h.Record, nil
 	}
 	return d.Record(digest)
 }
@@ -207,11 +256,7 @@ func (d *Disk) openWhole(rec Record) (*os.File, error) {
 // openOrLose opens a blob, or sees to it that its image counts as lost.
 func (d *Disk) openOrLose(digest acproxy.Digest) (*os.File, error) {
 	defer d.locks.lock(digest)()
-	var img *image
-	err := d.view(func(tx *bolt.Tx) (err error) {
-		img, err = getImage(tx, digest)
-		return err
-	})
+	img, err := d.imageLocked(digest)
 	if err != nil {
 		return nil, err
 	}

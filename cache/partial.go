@@ -188,7 +188,7 @@ func (p *Partial) checked(ctx context.Context, rec Record, signature []byte, ref
 func (p *Partial) land(img *image) (displaced []acproxy.Digest, err error) {
 	d, digest := p.disk, img.Record.Digest
 	defer d.locks.lock(digest)()
-	before, err := d.before(digest)
+	before, err := d.imageLocked(digest)
 	if err != nil {
 		return nil, err
 	}
@@ -214,28 +214,6 @@ func (p *Partial) land(img *image) (displaced []acproxy.Digest, err error) {
 		return nil, errors.Join(err, d.undo(digest))
 	}
 	return displaced, err
-}
-
-// before returns what is held under a digest, nil if nothing is.
-func (d *Disk) before(digest acproxy.Digest) (*image, error) {
-	var img *image
-	look := func(tx *bolt.Tx) (err error) {
-		img, err = getImage(tx, digest)
-		return err
-	}
-	if err := d.view(look); err != nil || img != nil || !d.Rebuilding() {
-		return img, err
-	}
-	img, err := d.readSidecar(digest)
-	switch {
-	case err == nil:
-		d.raise(img.Refs)
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, nil
-	case unreadable(err):
-		return nil, d.setAside(d.sidecarPath(digest), err.Error())
-	}
-	return img, err
 }
 
 // merge adds what was known of the same bytes before.

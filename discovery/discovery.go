@@ -85,7 +85,9 @@ type Finder struct {
 type Found struct {
 	Templates []Template    `json:"templates,omitempty"` // in the page's order; not all of them need be usable for every ref
 	Keys      []string      `json:"keys,omitempty"`      // URLs of public keys, in the page's order
+	KeyTags   []Template    `json:"-"`                   // the tags that Keys are the URLs of, with the prefixes that the page says the keys are for
 	Page      string        `json:"page,omitempty"`      // the URL of the page, "" if no page had a part in it
+	Level     string        `json:"-"`                   // the name whose page it is: the one asked for, or what is above it
 	Trace     acproxy.Trace `json:"trace,omitempty"`
 }
 
@@ -166,7 +168,7 @@ func (f *Finder) Keys(ctx context.Context, name string) (Found, error) {
 	}
 	return f.walk(ctx, name, i, func(tags Tags, found *Found) bool {
 		for _, key := range tags.Keys {
-			found.Keys = append(found.Keys, key.URL)
+			found.Keys, found.KeyTags = append(found.Keys, key.URL), append(found.KeyTags, key)
 		}
 		return len(found.Keys) > 0
 	})
@@ -238,7 +240,7 @@ func (f *Finder) walk(ctx context.Context, name string, rule int, choose func(Ta
 		tags.Templates = slices.DeleteFunc(tags.Templates, func(t Template) bool { return !t.usable() })
 		found.Trace = append(found.Trace, p.attempts(tags, all, name)...)
 		if choose(tags, &found) {
-			found.Page = p.url
+			found.Page, found.Level = p.url, level
 			return found, nil
 		}
 	}

@@ -27,6 +27,7 @@ type download struct {
 	f            *Fetcher
 	key          string
 	name         string
+	client       string // who asked first
 	policy       Policy
 	source       string // the image's URL
 	signatureURL string
@@ -58,8 +59,8 @@ type download struct {
 
 // claim registers a ref with the download of an image, and reports whether the caller has to start it. A download is shared by all refs
 // for which the publisher gave the same signature: that means the same bytes. An unsigned image is shared by its URL.
-func (f *Fetcher) claim(ref acproxy.Ref, policy Policy, source, signatureURL string, signature []byte, later bool) (d *download, mine bool, err error) {
-	name := ref.Name()
+func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, signature []byte, later bool) (d *download, mine bool, err error) {
+	ref, name := fl.ref, fl.ref.Name()
 	key := name + " " + source
 	if signature != nil {
 		sum := sha256.Sum256(signature)
@@ -74,7 +75,7 @@ func (f *Fetcher) claim(ref acproxy.Ref, policy Policy, source, signatureURL str
 		return d, false, nil
 	}
 	d = &download{
-		f: f, key: key, name: name, policy: policy, source: source, signatureURL: signatureURL, signature: signature, later: later, size: -1,
+		f: f, key: key, name: name, client: fl.client, policy: policy, source: source, signatureURL: signatureURL, signature: signature, later: later, size: -1,
 		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
 		refs: map[acproxy.Ref]struct{}{ref: {}},
 	}
@@ -197,11 +198,28 @@ func (d *download) run(body io.ReadCloser) {
 		return
 	}
 	d.succeed(rec)
-	d.f.log.Info("image kept", "ref", d.anyRef(), "digest", rec.Digest, "bytes", rec.Size, "source", d.source, "took", d.f.now().Sub(started))
+	d.tell(rec, d.f.now().Sub(started))
 	<-inspection.done
 	if !rec.Inspected {
 		d.f.inspected(rec, inspection.result, inspection.err)
 	}
+}
+
+// tell logs and audits that an image was accepted.
+func (d *download) tell(rec cache.Record, took time.Duration) {
+	said := decision(EventAccepted, rec)
+	said.Client = d.client
+	said.Outcome = trust.Accepted.String()
+	if !rec.Signed {
+		said.Outcome = trust.Unsigned.String()
+	}
+	log := d.f.log.With("ref", said.Ref, "digest", rec.Digest, "bytes", rec.Size, "signers", said.Signers, "source", d.source, "took", took)
+	if rec.RktWarning != "" {
+		log.Warn("image kept, but rkt nodes will refuse it", "why", rec.RktWarning)
+	} else {
+		log.Info("image kept")
+	}
+	d.f.decided(said)
 }
 
 func (d *download) fail(err error) {
@@ -211,7 +229,7 @@ func (d *download) fail(err error) {
 	for _, ref := range d.waiting() {
 		d.f.log.Warn("image not kept", "ref", ref, "source", d.source, "err", err)
 		if errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrPublisher) && d.f.ctx.Err() == nil {
-			d.f.recordRefusal(ref, d.source, err)
+			d.f.recordRefusal(ref, d.client, d.source, err)
 			if contentRefused(err) {
 				d.f.rememberFailure(ref, err)
 			}
@@ -415,7 +433,7 @@ func (d *download) record(digest acproxy.Digest, manifest aci.Manifest, acceptan
 	now := d.f.now()
 	rec := cache.Record{
 		Digest: digest, Name: manifest.Name, Labels: manifest.Labels, Size: d.written, Source: d.source, Modified: d.modified, ETag: d.etag,
-		Fetched: now, Verified: now, Used: now, Hashed: hashed, RktWarning: acceptance.RktWarning,
+		Fetched: now, Verified: now, Used: now, Policy: policyText(d.policy.Trust), Hashed: hashed, RktWarning: acceptance.RktWarning,
 	}
 	if d.signature != nil {
 		rec.Signed, rec.SignatureDigest = true, sha256.Sum256(d.signature)
@@ -601,6 +619,8 @@ func (in *inspection) over() bool {
 func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) {
 	switch {
 	case err == nil:
+		describe(&rec, result)
+		f.decided(decision(EventInspected, rec))
 		err = f.cfg.Store.Update(f.ctx, rec.Digest, func(r *cache.Record) error {
 			describe(r, result)
 			return nil
@@ -610,6 +630,9 @@ func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) 
 		}
 	case isViolation(err):
 		f.log.Error("a signed image breaks the rules: quarantined", "name", rec.Name, "digest", rec.Digest, "err", err)
+		said := decision(EventQuarantined, rec)
+		said.Outcome, said.Detail = acproxy.Code(err), err.Error()
+		f.decided(said)
 		if err := f.cfg.Store.Quarantine(f.ctx, rec.Digest, acproxy.Code(err), err.Error()); err != nil {
 			f.log.Error("quarantining an image", "name", rec.Name, "digest", rec.Digest, "err", err)
 		}

@@ -47,6 +47,10 @@ type Config struct {
 	DiscoveryTTL     time.Duration // how long what was learned of a name is used before it is refreshed; 0 means DefaultDiscoveryTTL, less than 0 refreshes it every time
 	Limits           aci.Limits
 
+	// Decided is told every decision about an image, in the order in which they are made, by any goroutine. It must not block for long. nil means
+	// nobody is told.
+	Decided func(Decision)
+
 	Log *slog.Logger     // nil means slog.Default
 	Now func() time.Time // nil means time.Now
 }
@@ -64,13 +68,14 @@ type Fetcher struct {
 
 	negative *gocache.Cache // ref and keyring → error
 	sticky   *gocache.Cache // client and ref → digest whose signature the client was given
-	verdicts sync.Map       // acproxy.Digest → judged
+	verdicts verdicts
 
 	mu        sync.Mutex
 	closed    bool
 	flights   map[acproxy.Ref]*flight
 	downloads map[string]*download
-	learning  map[string]bool // names whose discovery is being refreshed
+	learning  map[string]bool           // names whose discovery is being refreshed
+	refused   map[acproxy.Digest]string // held images that the last Rejudge found not acceptable, with the outcome
 	retry     map[acproxy.Ref]time.Time
 }
 
@@ -271,27 +276,41 @@ func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
 	resolved, rec, err := f.cfg.Store.Resolve(ctx, req.Ref)
 	switch {
 	case err == nil:
-		return f.held(ctx, req, policy, resolved, rec)
+		a, err := f.held(ctx, req, policy, resolved, rec)
+		if policy.Offline || !distrusted(err) {
+			return a, err
+		}
+		// The publisher may have signed it anew, with a key that is trusted.
+		if a, again := f.ask(ctx, req); !outage(again) {
+			return a, again
+		}
+		return answer{}, err
 	case !errors.Is(err, acproxy.ErrNotFound):
 		return answer{}, err
 	case policy.Offline:
 		return f.fallback(req.Ref, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: req.Ref.String() + " is not held here, and this proxy is offline"})
 	}
+	a, err := f.ask(ctx, req)
+	if outage(err) {
+		return f.fallback(req.Ref, err)
+	}
+	return a, err
+}
+
+// ask answers by asking the publisher, unless it was asked a moment ago and the answer was no.
+func (f *Fetcher) ask(ctx context.Context, req Request) (answer, error) {
 	if err, ok := f.negative.Get(f.negativeKey(req.Ref)); ok {
 		return answer{}, err.(error)
 	}
-	fl, joined := f.join(req.Ref, acproxy.Digest{})
+	fl, joined := f.join(req, acproxy.Digest{})
 	if err := fl.wait(ctx); err != nil {
-		if outage(err) {
-			return f.fallback(req.Ref, err)
-		}
 		return answer{}, err
 	}
 	if fl.download != nil {
 		return answer{status: missOr(Joined, joined), download: fl.download}, nil
 	}
 	// The publisher's signature showed that the image is held already, under another ref.
-	resolved, rec, err = f.cfg.Store.Resolve(ctx, req.Ref)
+	resolved, rec, err := f.cfg.Store.Resolve(ctx, req.Ref)
 	if err != nil {
 		return answer{}, err
 	}
@@ -315,7 +334,7 @@ func (f *Fetcher) held(ctx context.Context, req Request, policy Policy, resolved
 			return answer{status: Stale, resolved: cache.Resolution{Ref: req.Ref, Digest: earlier.Digest, Modified: earlier.Modified}, record: earlier}, nil
 		}
 	}
-	status, arriving, err := f.freshen(ctx, req.Ref, policy, resolved)
+	status, arriving, err := f.freshen(ctx, req, policy, resolved)
 	if err != nil {
 		return answer{}, err
 	}
@@ -336,7 +355,8 @@ func (f *Fetcher) held(ctx context.Context, req Request, policy Policy, resolved
 
 // freshen decides whether what is held for a ref may be answered with. It returns a download if the publisher has something newer and the
 // node had to wait for it.
-func (f *Fetcher) freshen(ctx context.Context, ref acproxy.Ref, policy Policy, resolved cache.Resolution) (Status, *download, error) {
+func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resolved cache.Resolution) (Status, *download, error) {
+	ref := req.Ref
 	asHeld := Hit
 	if !resolved.Gone.IsZero() {
 		asHeld = Gone
@@ -351,7 +371,7 @@ func (f *Fetcher) freshen(ctx context.Context, ref acproxy.Ref, policy Policy, r
 	if f.pausing(ref) {
 		return asHeld, nil, nil
 	}
-	fl, _ := f.join(ref, resolved.Digest)
+	fl, _ := f.join(req, resolved.Digest)
 	if age < policy.TTL+policy.MaxStale {
 		return asHeld, nil, nil
 	}

@@ -19,8 +19,9 @@ import (
 // started it. It has landed, for those who wait, as soon as it is known where the image is: held already, or arriving as a download. It stays
 // registered until the download has ended, so that a ref is never asked for twice at once.
 type flight struct {
-	ref  acproxy.Ref
-	have acproxy.Digest // what is held for the ref and being refreshed; zero if nothing is
+	ref    acproxy.Ref
+	have   acproxy.Digest // what is held for the ref and being refreshed; zero if nothing is
+	client string         // who asked first
 
 	landed chan struct{} // closed once the fields below are set
 	// download is nil if the image turned out to be held.
@@ -39,13 +40,14 @@ func (fl *flight) wait(ctx context.Context) error {
 }
 
 // join returns the flight for a ref, started now if there was none.
-func (f *Fetcher) join(ref acproxy.Ref, have acproxy.Digest) (fl *flight, joined bool) {
+func (f *Fetcher) join(req Request, have acproxy.Digest) (fl *flight, joined bool) {
+	ref := req.Ref
 	f.mu.Lock()
 	if fl, ok := f.flights[ref]; ok {
 		f.mu.Unlock()
 		return fl, true
 	}
-	fl = &flight{ref: ref, have: have, landed: make(chan struct{})}
+	fl = &flight{ref: ref, have: have, client: req.Client, landed: make(chan struct{})}
 	f.flights[ref] = fl
 	f.mu.Unlock()
 	// Ends when the flight does; Close cancels it and waits for it.
@@ -101,7 +103,8 @@ func (f *Fetcher) landedBadly(ctx context.Context, fl *flight) {
 		f.rememberFailure(fl.ref, fl.err)
 	}
 	if errors.Is(fl.err, acproxy.ErrRefused) {
-		f.recordRefusal(fl.ref, "", fl.err)
+		f.recordRefusal(fl.ref, fl.client, "", fl.err)
+		f.rememberFailure(fl.ref, fl.err)
 	}
 }
 
@@ -126,7 +129,7 @@ func cacheableAbsence(err error) bool {
 func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) (*download, error) {
 	if fl.have.IsZero() {
 		// It may have been committed between the caller's look at the store and the flight's beginning.
-		if _, _, err := f.cfg.Store.Resolve(ctx, fl.ref); err == nil {
+		if _, rec, err := f.cfg.Store.Resolve(ctx, fl.ref); err == nil && f.acceptable(rec) == nil {
 			return nil, nil
 		}
 	}
@@ -184,7 +187,7 @@ func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signature
 	if digest, ok := f.heldBySignature(signature); ok {
 		return nil, f.alsoAnswers(ctx, fl.ref, digest, imageURL)
 	}
-	d, mine, err := f.claim(fl.ref, policy, imageURL, signatureURL, signature, later)
+	d, mine, err := f.claim(fl, policy, imageURL, signatureURL, signature, later)
 	if err != nil {
 		return nil, err
 	}

@@ -2,8 +2,10 @@ package fetch
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/acproxy/acproxy"
@@ -18,36 +20,80 @@ func (f *Fetcher) judge(name string, signature []byte, hashed trust.Hashed, poli
 
 // judged is a verdict on a held image, and what it holds for.
 type judged struct {
-	generation string // of the keyring
-	signature  acproxy.Digest
-	until      time.Time // keys and signatures expire
-	err        error
+	signature acproxy.Digest
+	until     time.Time // keys and signatures expire
+	err       error
 }
 
-// judgedFor is how long a verdict on a held image is used again while the keys stay the same.
-const judgedFor = time.Minute
+const (
+	// judgedFor is how long a verdict on a held image is used again while the keys stay the same.
+	judgedFor = time.Minute
+	// maxVerdicts bounds the verdicts remembered. They are cheap to make again.
+	maxVerdicts = 100_000
+)
+
+// verdicts remembers what was decided about held images under one keyring.
+type verdicts struct {
+	mu      sync.Mutex
+	keyring string // the ID
+	of      map[acproxy.Digest]judged
+}
+
+func (v *verdicts) get(keyring string, rec cache.Record, now time.Time) (judged, bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	j, ok := v.of[rec.Digest]
+	return j, ok && v.keyring == keyring && j.signature == rec.SignatureDigest && now.Before(j.until)
+}
+
+func (v *verdicts) put(keyring string, digest acproxy.Digest, j judged) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.keyring != keyring || v.of == nil || len(v.of) >= maxVerdicts {
+		v.keyring, v.of = keyring, make(map[acproxy.Digest]judged)
+	}
+	v.of[digest] = j
+}
 
 // acceptable returns nil if a held image may be served now: it isn't quarantined, and the keys as they are now accept its signature. The bytes
 // aren't read for it: the hash states kept in the record are enough.
 func (f *Fetcher) acceptable(rec cache.Record) error {
 	if rec.Quarantined() {
 		return &acproxy.Error{
-			Kind: acproxy.ErrRefused, Code: "quarantined",
+			Kind: acproxy.ErrRefused, Code: codeQuarantined,
 			Detail: fmt.Sprintf("the image of %s with digest %v is quarantined: %s", rec.Name, rec.Digest, rec.Reason),
 		}
 	}
-	generation, now := f.cfg.Keyring().ID(), f.now()
-	if v, ok := f.verdicts.Load(rec.Digest); ok {
-		if v := v.(judged); v.generation == generation && v.signature == rec.SignatureDigest && now.Before(v.until) {
-			return v.err
-		}
+	keyring, now := f.cfg.Keyring().ID(), f.now()
+	if v, ok := f.verdicts.get(keyring, rec, now); ok {
+		return v.err
 	}
 	until, err := f.rejudge(rec)
 	if latest := now.Add(judgedFor); until.IsZero() || until.After(latest) {
 		until = latest
 	}
-	f.verdicts.Store(rec.Digest, judged{generation: generation, signature: rec.SignatureDigest, until: until, err: err})
+	f.verdicts.put(keyring, rec.Digest, judged{signature: rec.SignatureDigest, until: until, err: err})
 	return err
+}
+
+const codeQuarantined = "quarantined"
+
+// distrusted reports whether a held image is not served because of what the keys and the policy say now: that may change, and the publisher may
+// have signed it anew since.
+func distrusted(err error) bool {
+	return errors.Is(err, acproxy.ErrRefused) && acproxy.Code(err) != codeQuarantined
+}
+
+// Judged returns a record with the state that the keys and the policy of this moment give it: an image that they don't accept is quarantined, with the
+// reason, for as long as they don't.
+func (f *Fetcher) Judged(rec cache.Record) cache.Record {
+	if rec.Quarantined() {
+		return rec
+	}
+	if err := f.acceptable(rec); err != nil {
+		rec.State, rec.Code, rec.Reason = cache.Quarantined, acproxy.Code(err), err.Error()
+	}
+	return rec
 }
 
 // rejudge decides about a held image again and returns until when the decision holds, as far as it depends on time.
@@ -94,7 +140,8 @@ func (f *Fetcher) awaitSignature(ctx context.Context, name, url string, policy P
 }
 
 // recordRefusal keeps the reason why an image was refused for the operator to see.
-func (f *Fetcher) recordRefusal(ref acproxy.Ref, source string, err error) {
+func (f *Fetcher) recordRefusal(ref acproxy.Ref, client, source string, err error) {
+	f.decided(Decision{Event: EventRefused, Ref: ref, Client: client, Source: source, Outcome: acproxy.Code(err), Detail: firstLine(err.Error())})
 	refused := cache.Refused{Ref: ref, When: f.now(), Code: acproxy.Code(err), Detail: firstLine(err.Error()), Source: source}
 	if err := f.cfg.Store.Refuse(refused); err != nil {
 		f.log.Error("recording a refusal", "ref", ref, "err", err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -27,11 +28,12 @@ func openStore(cfg *config.Config) (admin.Store, func() error, error) {
 	if !errors.Is(err, acproxy.ErrNotFound) {
 		return nil, nil, err
 	}
-	disk, err := cache.Open(storeDir(cfg), cache.Options{})
+	// Nothing is dialled: all that is wanted of the parts is the store and what they say of its images.
+	p, err := newParts(cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return nil, nil, err
 	}
-	return disk, disk.Close, nil
+	return p.judged(), p.close, nil
 }
 
 // withStore runs a command on the store.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
@@ -15,14 +16,15 @@ import (
 	"strings"
 	"time"
 
-	"context"
-
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/internal/admin"
+	"github.com/acproxy/acproxy/internal/audit"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/localca"
+	"github.com/acproxy/acproxy/internal/metrics"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -198,11 +200,24 @@ type parts struct {
 	finder  *discovery.Finder
 	fetcher *fetch.Fetcher
 	ca      *localca.CA // nil if there is none
+	audit   *audit.File
+	metrics *metrics.Metrics
+}
+
+// judged is the store with the state that the keys give its images now.
+func (p *parts) judged() admin.Judged { return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged} }
+
+// decided is told every decision about an image.
+func (p *parts) decided(d fetch.Decision) {
+	p.metrics.Decided(d)
+	if err := p.audit.Append(d); err != nil {
+		p.log.Error("a decision is missing from the audit", "ref", d.Ref, "event", d.Event, "err", err)
+	}
 }
 
 // newParts opens everything. close closes it.
 func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
-	p = &parts{cfg: cfg, log: log, via: "acproxy-" + strings.ToLower(rand.Text()[:12])}
+	p = &parts{cfg: cfg, log: log, via: "acproxy-" + strings.ToLower(rand.Text()[:12]), metrics: metrics.New(buildVersion())}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -221,6 +236,9 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 	if p.keys, err = trust.Open(trustDirs(cfg)); err != nil {
 		return p, err
 	}
+	if p.audit, err = audit.Open(cfg.Audit.File, audit.Options{MaxSize: int64(cfg.Audit.MaxSize), MaxFiles: cfg.Audit.MaxFiles}); err != nil {
+		return p, err
+	}
 	if p.web, err = newWeb(cfg, p.via); err != nil {
 		return p, err
 	}
@@ -234,7 +252,7 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 		Policies: policies(cfg), Allow: cfg.Allow, Offline: cfg.Offline,
 		HoldBack: int64(cfg.Fetch.HoldBack), MaxImageSize: int64(cfg.Fetch.MaxImageSize), MaxSignatureSize: int64(cfg.Fetch.MaxSignatureSize),
 		SignatureWait: orNone(cfg.Fetch.SignatureWait), NegativeTTL: orNone(cfg.Discovery.NegativeTTL), DiscoveryTTL: orNone(cfg.Discovery.PositiveTTL),
-		Limits: limits(cfg), Log: log,
+		Limits: limits(cfg), Decided: p.decided, Log: log,
 	})
 	return p, nil
 }
@@ -256,6 +274,9 @@ func (p *parts) close() error {
 	}
 	if p.keys != nil {
 		errs = append(errs, p.keys.Close())
+	}
+	if p.audit != nil {
+		errs = append(errs, p.audit.Close())
 	}
 	return errors.Join(errs...)
 }

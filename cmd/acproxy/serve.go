@@ -13,6 +13,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,6 +22,7 @@ import (
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/server"
+	"github.com/acproxy/acproxy/trust"
 )
 
 func newServe(o *options) *cobra.Command {
@@ -73,7 +75,8 @@ type running struct {
 	bound    []bound
 	failed   chan error // what ends the server although nobody told it to stop
 	stopWork context.CancelFunc
-	resumed  chan struct{} // closed when the inspections that a restart interrupted are over
+	work     sync.WaitGroup
+	forget   func() // ends the telling of changes of the keys
 }
 
 type bound struct {
@@ -87,7 +90,7 @@ func start(cfg *config.Config, log *slog.Logger) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+1), resumed: make(chan struct{})}
+	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+1)}
 	if err := n.open(cfg, log); err != nil {
 		return nil, errors.Join(err, n.stop())
 	}
@@ -98,21 +101,67 @@ func (n *running) open(cfg *config.Config, log *slog.Logger) error {
 	n.server = server.New(n.serverConfig(cfg, log))
 	ctx, cancel := context.WithCancel(context.Background())
 	n.stopWork = cancel
-	// Ends when all are inspected or stop cancels it; stop waits for it.
-	go func() {
-		defer close(n.resumed)
+	warnOfKeys(n.parts.keys.Current(), log)
+	changed := make(chan struct{}, 1)
+	n.forget = n.parts.keys.OnChange(func(*trust.Keyring) {
+		select {
+		case changed <- struct{}{}:
+		default: // a change that nobody has looked at yet stands for this one, too
+		}
+	})
+	// Both end when stop cancels ctx; stop waits for them.
+	n.work.Go(func() {
 		if err := n.parts.fetcher.ResumeInspections(ctx); err != nil && ctx.Err() == nil {
 			log.Error("resuming inspections", "err", err)
 		}
-	}()
+	})
+	n.work.Go(func() { n.rejudge(ctx, changed, log) })
 	for _, l := range cfg.Listen {
 		if err := n.listen(l, log); err != nil {
 			return err
 		}
 	}
 	var err error
-	n.admin, err = admin.Listen(cfg.Admin.Socket, n.parts.store, log)
+	n.admin, err = admin.Listen(cfg.Admin.Socket, n.parts.judged(), n.parts.metrics.Handler(), log)
 	return err
+}
+
+// rejudgeEvery is how often held images are judged again when the keys don't change: keys and signatures expire.
+const rejudgeEvery = time.Hour
+
+// rejudge judges all held images at the start, whenever the keys have changed, and every now and then. What can't be served any more, or can again,
+// is told in the log, the audit and the metrics; serving itself asks the keys with each hit.
+func (n *running) rejudge(ctx context.Context, changed <-chan struct{}, log *slog.Logger) {
+	ticker := time.NewTicker(rejudgeEvery)
+	defer ticker.Stop()
+	for {
+		if err := n.parts.store.Ready(ctx); err != nil {
+			return
+		}
+		switch found, err := n.parts.fetcher.Rejudge(ctx); {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			log.Error("judging the held images again", "err", err)
+		default:
+			n.parts.metrics.Rejudged(found)
+			log.Debug("judged the held images again", "images", found.Images, "quarantined", found.Quarantined, "changed", found.Changed)
+		}
+		select {
+		case <-changed:
+			warnOfKeys(n.parts.keys.Current(), log)
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// warnOfKeys names the key files that can't be used.
+func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
+	for _, problem := range keyring.Problems() {
+		log.Warn("a key file is skipped", "file", problem.File, "why", problem.Detail)
+	}
 }
 
 func (n *running) serverConfig(cfg *config.Config, log *slog.Logger) server.Config {
@@ -231,8 +280,9 @@ func (n *running) stop() error {
 		errs = append(errs, n.admin.Close())
 	}
 	if n.stopWork != nil {
+		n.forget()
 		n.stopWork()
-		<-n.resumed
+		n.work.Wait()
 	}
 	if n.server != nil {
 		errs = append(errs, n.server.Close())

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -39,9 +40,49 @@ type Store interface {
 }
 
 var (
-	_ Store = (*cache.Disk)(nil)
+	_ Store = Judged{}
 	_ Store = (*Client)(nil)
 )
+
+// Judged is an open store whose images have the state that keys and policies give them now.
+type Judged struct {
+	*cache.Disk
+	Judge func(cache.Record) cache.Record
+}
+
+// Images is [cache.Disk.Images]. A filter by state goes by the state now.
+func (j Judged) Images(filter cache.Filter, after string, limit int) ([]cache.Record, string, error) {
+	state := filter.State
+	filter.State = ""
+	records, next, err := j.Disk.Images(filter, after, limit)
+	records = j.judge(records)
+	if state != "" {
+		records = slices.DeleteFunc(records, func(rec cache.Record) bool { return rec.State != state })
+	}
+	return records, next, err
+}
+
+// Record is [cache.Disk.Record].
+func (j Judged) Record(digest acproxy.Digest) (cache.Record, error) {
+	rec, err := j.Disk.Record(digest)
+	if err != nil {
+		return rec, err
+	}
+	return j.Judge(rec), nil
+}
+
+// ByImageID is [cache.Disk.ByImageID].
+func (j Judged) ByImageID(digits string) ([]cache.Record, error) {
+	records, err := j.Disk.ByImageID(digits)
+	return j.judge(records), err
+}
+
+func (j Judged) judge(records []cache.Record) []cache.Record {
+	for i, rec := range records {
+		records[i] = j.Judge(rec)
+	}
+	return records
+}
 
 // maxPage bounds one listing.
 const maxPage = 1000
@@ -52,8 +93,8 @@ type Server struct {
 	serving sync.WaitGroup
 }
 
-// Listen serves a store's insides on a unix socket at path, replacing a socket that a killed server left. Close ends it.
-func Listen(path string, store Store, log *slog.Logger) (*Server, error) {
+// Listen serves a store's insides, and metrics, on a unix socket at path, replacing a socket that a killed server left. Close ends it.
+func Listen(path string, store Store, metrics http.Handler, log *slog.Logger) (*Server, error) {
 	if conn, err := net.Dial("unix", path); err == nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("another server answers on %s", path)
@@ -68,7 +109,7 @@ func Listen(path string, store Store, log *slog.Logger) (*Server, error) {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	s := &Server{http: &http.Server{Handler: handler(store), ReadHeaderTimeout: 5 * time.Second}}
+	s := &Server{http: &http.Server{Handler: handler(store, metrics), ReadHeaderTimeout: 5 * time.Second}}
 	// Ends when Close closes the server, which waits for it.
 	s.serving.Go(func() {
 		if err := s.http.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
@@ -92,8 +133,9 @@ type page struct {
 	Next   string         `json:"next,omitempty"`
 }
 
-func handler(store Store) http.Handler {
+func handler(store Store, metrics http.Handler) http.Handler {
 	router := mux.NewRouter()
+	router.Path("/metrics").Methods(http.MethodGet).Handler(metrics)
 	get := func(path string, answer func(r *http.Request) (any, error)) {
 		router.Path(api + path).Methods(http.MethodGet).HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			value, err := answer(r)

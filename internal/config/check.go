@@ -258,6 +258,8 @@ func (c *Config) checkFetch(r *report) {
 	notNegative(r, "fetch.signature_wait", f.SignatureWait)
 	positive(r, "fetch.limits.max_uncompressed", f.Limits.MaxUncompressed, defaults.Limits.MaxUncompressed)
 	positive(r, "fetch.limits.max_ratio", f.Limits.MaxRatio, defaults.Limits.MaxRatio)
+	positive(r, "audit.max_size", c.Audit.MaxSize, Default().Audit.MaxSize)
+	positive(r, "audit.max_files", c.Audit.MaxFiles, Default().Audit.MaxFiles)
 	positive(r, "fetch.limits.max_entries", f.Limits.MaxEntries, defaults.Limits.MaxEntries)
 	between(r, "fetch.limits.max_manifest", f.Limits.MaxManifest, 1, 64*MiB)
 	if r.broken("fetch") {

@@ -100,6 +100,9 @@ type Config struct {
 	// What acproxy tells about its work, on standard error.
 	Log Log `yaml:"log"`
 
+	// The file of decisions: which image was accepted or refused, when, by which key and policy, and who asked.
+	Audit Audit `yaml:"audit"`
+
 	// Settings for the images of some publishers, by prefix of the image name. The longest prefix that covers a name decides alone; what it
 	// leaves out is as set for everybody above, not as for a shorter prefix.
 	Publishers []Publisher `yaml:"publishers"`
@@ -286,6 +289,18 @@ type Log struct {
 	Access bool `yaml:"access"`
 }
 
+// Audit is the file of decisions.
+type Audit struct {
+	// File that a line of JSON is appended to for each decision. Empty: audit.log in data_dir.
+	File string `yaml:"file"`
+
+	// Size at which the file is put aside, as FILE.1, and a new one is begun.
+	MaxSize Size `yaml:"max_size"`
+
+	// Files put aside that are kept. The oldest one goes first.
+	MaxFiles int `yaml:"max_files"`
+}
+
 // A Publisher is what differs for the images under one prefix. A nil pointer, an empty string or an empty list is what [Config.Inherit]
 // fills in from the settings for everybody.
 type Publisher struct {
@@ -393,6 +408,10 @@ func Default() Config {
 			Level:  "info",
 			Format: LogText,
 			Access: true,
+		},
+		Audit: Audit{
+			MaxSize:  100 * MiB,
+			MaxFiles: 10,
 		},
 	}
 }

@@ -1,0 +1,112 @@
+// Package audit appends decisions to a file of JSON lines, and puts the file aside when it has grown.
+package audit
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+)
+
+// Options says how long the audit is.
+type Options struct {
+	MaxSize  int64 // bytes at which the file is put aside; 0 means 100 MiB
+	MaxFiles int   // files put aside that are kept: NAME.1 is the latest; 0 means 10
+}
+
+// Defaults of Options.
+const (
+	DefaultMaxSize  = 100 << 20
+	DefaultMaxFiles = 10
+)
+
+// A File is an audit file. It is safe for concurrent use.
+type File struct {
+	name string
+	opts Options
+
+	mu   sync.Mutex
+	file *os.File
+	size int64
+}
+
+// Open opens an audit file for appending, and makes it, readable by its owner and group, if it isn't there. The caller closes it.
+func Open(name string, opts Options) (*File, error) {
+	if opts.MaxSize == 0 {
+		opts.MaxSize = DefaultMaxSize
+	}
+	if opts.MaxFiles == 0 {
+		opts.MaxFiles = DefaultMaxFiles
+	}
+	f := &File{name: name, opts: opts}
+	return f, f.open()
+}
+
+func (f *File) open() error {
+	file, err := os.OpenFile(f.name, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+	if err != nil {
+		return fmt.Errorf("opening the audit: %w", err)
+	}
+	info, err := file.Stat()
+	if err != nil {
+		return errors.Join(err, file.Close())
+	}
+	f.file, f.size = file, info.Size()
+	return nil
+}
+
+// Append appends one line. A line is written with one call, so that a reader never sees half of it unless the disk is full; then the error says so and
+// the next Append begins a new line.
+func (f *File) Append(value any) error {
+	line, err := json.Marshal(value)
+	if err != nil {
+		return fmt.Errorf("appending to the audit: %w", err)
+	}
+	line = append(line, '\n')
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.size > 0 && f.size+int64(len(line)) > f.opts.MaxSize {
+		if err := f.rotate(); err != nil {
+			return err
+		}
+	}
+	n, err := f.file.Write(line)
+	f.size += int64(n)
+	if err != nil && n > 0 {
+		// Cut off what came of the line; if that fails too, its reader has to skip it.
+		if cut := f.file.Truncate(f.size - int64(n)); cut == nil {
+			f.size -= int64(n)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("appending to the audit: %w", err)
+	}
+	return nil
+}
+
+// rotate puts the file aside as NAME.1, and those put aside before one further. f.mu is held.
+func (f *File) rotate() error {
+	aside := func(i int) string { return fmt.Sprintf("%s.%d", f.name, i) }
+	for i := f.opts.MaxFiles - 1; i > 0; i-- {
+		if err := os.Rename(aside(i), aside(i+1)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("rotating the audit: %w", err)
+		}
+	}
+	if err := os.Rename(f.name, aside(1)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("rotating the audit: %w", err)
+	}
+	old := f.file
+	if err := f.open(); err != nil {
+		return err
+	}
+	return old.Close()
+}
+
+// Close closes the file.
+func (f *File) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.file.Close()
+}

@@ -1,0 +1,70 @@
+// Package metrics counts what acproxy does, for Prometheus.
+package metrics
+
+import (
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/trust"
+)
+
+// Metrics are the counters of one server. They are safe for concurrent use.
+type Metrics struct {
+	registry    *prometheus.Registry
+	decisions   *prometheus.CounterVec
+	rktRefusals prometheus.Counter
+	distrusted  prometheus.Gauge
+}
+
+// New returns counters at zero.
+func New(version string) *Metrics {
+	m := &Metrics{
+		registry: prometheus.NewRegistry(),
+		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_decisions_total",
+			Help: "Decisions about images, by event (accepted, refused, quarantined, restored, inspected) and outcome (trust's word for the verdict, or another reason).",
+		}, []string{"event", "outcome"}),
+		rktRefusals: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "acproxy_accepted_rkt_refuses_total",
+			Help: "Images accepted here that rkt's own check is expected to refuse.",
+		}),
+		distrusted: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "acproxy_images_distrusted",
+			Help: "Held images that are not served because of what the keys and policies say now.",
+		}),
+	}
+	for _, outcome := range trust.Outcomes() {
+		event := fetch.EventRefused
+		if outcome == trust.Accepted {
+			event = fetch.EventAccepted
+		}
+		// A counter that is there from the start shows its first increase.
+		m.decisions.WithLabelValues(event, outcome.String())
+	}
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "acproxy_build_info", Help: "Which acproxy this is; always 1.", ConstLabels: prometheus.Labels{"version": version},
+	})
+	info.Set(1)
+	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// Decided counts a decision.
+func (m *Metrics) Decided(d fetch.Decision) {
+	m.decisions.WithLabelValues(d.Event, d.Outcome).Inc()
+	if d.Event == fetch.EventAccepted && d.RktWarning != "" {
+		m.rktRefusals.Inc()
+	}
+}
+
+// Rejudged notes how many held images the keys don't accept.
+func (m *Metrics) Rejudged(r fetch.Rejudged) { m.distrusted.Set(float64(r.Quarantined)) }
+
+// Handler answers with the metrics.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
+}
