@@ -43,6 +43,10 @@ type download struct {
 	etag     string
 	partial  *cache.Partial
 	held     acproxy.Digest // with errHeld: the image that made the download needless
+	// urgent is closed, by hurry, when somebody waits for the end of the inspection. Until then all of it that the verdict doesn't need waits for the
+	// verdict.
+	urgent chan struct{}
+	hurry  func()
 	// decided is closed with the verdict, good or bad; finished, after that, with the end of the inspection.
 	decided, finished chan struct{}
 
@@ -80,6 +84,11 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 		refs: map[acproxy.Ref]struct{}{ref: {}},
 	}
 	d.ctx, d.cancel = context.WithCancel(f.ctx)
+	d.urgent = make(chan struct{})
+	d.hurry = sync.OnceFunc(func() { close(d.urgent) })
+	if signature == nil || policy.Delivery == VerifyFirst {
+		d.hurry()
+	}
 	f.downloads[key] = d
 	return d, true, nil
 }
@@ -465,6 +474,7 @@ func (d *download) checkChange(rec cache.Record, inspection *inspection) error {
 	if err != nil || before.Digest == rec.Digest {
 		return nil
 	}
+	d.hurry()
 	if err := inspection.await(d.ctx); err != nil {
 		return err
 	}
@@ -526,8 +536,10 @@ func (d *download) inspect() *inspection {
 	go func() {
 		defer close(in.done)
 		defer file.Close()
-		in.result, in.err = aci.Inspect(&follower{d: d, file: file}, d.f.cfg.Limits, func(m aci.Manifest) error {
+		source := &follower{d: d, file: file}
+		in.result, in.err = aci.Inspect(source, d.f.cfg.Limits, func(m aci.Manifest) error {
 			err := d.checkManifest(m)
+			source.idle = err == nil
 			once.Do(func() {
 				if err == nil {
 					in.manifest = m

@@ -143,7 +143,7 @@ func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) 
 		switch {
 		case err == nil:
 			return d, nil
-		case errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrNoSpace) || ctx.Err() != nil:
+		case errors.Is(err, acproxy.ErrRefused) && !isUnsigned(err) || errors.Is(err, acproxy.ErrNoSpace) || ctx.Err() != nil:
 			// Another endpoint could only hide what this one showed.
 			return nil, err
 		case first == nil || errors.Is(first, acproxy.ErrNotFound):
@@ -159,6 +159,8 @@ func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) 
 	}
 	return nil, first
 }
+
+func isUnsigned(err error) bool { return acproxy.Code(err) == trust.Unsigned.String() }
 
 // locateAt asks one endpoint for the signature and, if that is acceptable and new, for the image.
 func (f *Fetcher) locateAt(ctx context.Context, fl *flight, template discovery.Template, trace *acproxy.Trace) (*download, error) {
@@ -176,6 +178,9 @@ func (f *Fetcher) locateAt(ctx context.Context, fl *flight, template discovery.T
 func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signatureURL string, trace *acproxy.Trace) (*download, error) {
 	name, policy := fl.ref.Name(), f.policy(fl.ref.Name())
 	signature, later, err := f.getSignature(ctx, name, signatureURL, policy, trace)
+	if acproxy.Code(err) == codeNoSignature {
+		return nil, f.unsigned(ctx, name, imageURL, policy, trace, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -222,6 +227,20 @@ func (f *Fetcher) begin(ctx context.Context, fl *flight, d *download, trace *acp
 // errHeld ends a download that turned out not to be needed: the image is held.
 var errHeld = errors.New("held already")
 
+// codeNoSignature says that there is no signature where there should be one.
+const codeNoSignature = "no-signature-found"
+
+// unsigned tells an image that its publisher hasn't signed from one that it hasn't got, without asking for a byte of it.
+func (f *Fetcher) unsigned(ctx context.Context, name, imageURL string, policy Policy, trace *acproxy.Trace, absent error) error {
+	status, attempts, err := f.cfg.Web.Head(ctx, name, "image", imageURL)
+	*trace = append(*trace, attempts...)
+	if err != nil || status != http.StatusOK {
+		return absent
+	}
+	_, err = f.judge(name, nil, nil, policy)
+	return err
+}
+
 // getSignature returns the signature at a URL. A publisher that answers 404 has none: that is nil where policy accepts it, and an error
 // otherwise. later says that the publisher answered 202: it wants to be asked again after the image.
 func (f *Fetcher) getSignature(ctx context.Context, name, url string, policy Policy, trace *acproxy.Trace) (signature []byte, later bool, err error) {
@@ -239,10 +258,7 @@ func (f *Fetcher) getSignature(ctx context.Context, name, url string, policy Pol
 		if policy.Trust.Signature == trust.Optional {
 			return nil, false, nil
 		}
-		return nil, false, &acproxy.Error{
-			Kind: acproxy.ErrNotFound, Code: "no-signature-found",
-			Detail: fmt.Sprintf("the publisher has no signature at %s, and the policy of %s asks for one", url, name),
-		}
+		return nil, false, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: codeNoSignature, Detail: "the publisher has no signature at " + url}
 	default:
 		return nil, false, badStatus("signature", url, resp)
 	}

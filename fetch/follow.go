@@ -114,6 +114,9 @@ func (im *Image) Decided(ctx context.Context) error {
 // Inspected waits until a decided image's tar was inspected to its end, so that its image ID and compression are known, or returns why it
 // was quarantined.
 func (im *Image) Inspected(ctx context.Context) error {
+	if im.download != nil {
+		im.download.hurry()
+	}
 	if err := im.Decided(ctx); err != nil {
 		return err
 	}
@@ -202,11 +205,22 @@ type follower struct {
 	d      *download
 	file   *os.File
 	offset int64
+	idle   bool // the manifest has been read: the rest can wait
 }
 
 // Read waits for bytes that haven't been read yet. It returns io.EOF after the last byte of a body that ended well, and the download's error
 // otherwise.
 func (r *follower) Read(p []byte) (int, error) {
+	if r.idle {
+		// What is left to inspect must not take the processor from what nodes are waiting for.
+		select {
+		case <-r.d.decided:
+		case <-r.d.urgent:
+		case <-r.d.ctx.Done():
+			return 0, context.Cause(r.d.ctx)
+		}
+		r.idle = false
+	}
 	for {
 		r.d.mu.Lock()
 		written, complete, changed := r.d.written, r.d.complete, r.d.changed

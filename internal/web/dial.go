@@ -228,6 +228,7 @@ func (r *route) connect(ctx context.Context, network string, targets []netip.Add
 		select {
 		case <-patience.C:
 			if next < len(targets) {
+				// Ends by itself, see above: a dial that has lost is not waited for.
 				go dial(targets[next])
 				next++
 				patience.Reset(stagger)

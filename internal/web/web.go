@@ -203,8 +203,23 @@ func (c *Client) route(name string) *route {
 // Errors match [acproxy.ErrOffline], [acproxy.ErrRefused] if the dial rules forbid it, [acproxy.ErrTimeout], [acproxy.ErrPublisher], or
 // the error of ctx if that was what ended it. Those that are an [acproxy.Error] carry the trace too.
 func (c *Client) Get(ctx context.Context, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
+	return c.do(ctx, http.MethodGet, name, what, rawURL, header)
+}
+
+// Head asks whether there is something at a URL, as [Client.Get] would, and returns the status.
+func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status int, trace acproxy.Trace, err error) {
+	resp, trace, err := c.do(ctx, http.MethodHead, name, what, rawURL, nil)
+	if err != nil {
+		return 0, trace, err
+	}
+	// There is no body to read, and nothing that closing it could say.
+	_ = resp.Body.Close()
+	return resp.StatusCode, trace, nil
+}
+
+func (c *Client) do(ctx context.Context, method, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	a := &asking{route: c.route(name), what: what, header: c.header(header), ctx: ctx, cancel: cancel}
+	a := &asking{route: c.route(name), method: method, what: what, header: c.header(header), ctx: ctx, cancel: cancel}
 	resp, err := a.ask(rawURL)
 	if err != nil {
 		cancel(nil)
@@ -227,9 +242,10 @@ func (c *Client) header(given http.Header) http.Header {
 	return h
 }
 
-// asking is one Get in progress.
+// asking is one Get or Head in progress.
 type asking struct {
 	route  *route
+	method string
 	what   string
 	header http.Header
 	trace  acproxy.Trace
@@ -338,7 +354,7 @@ func (a *asking) hop(u *url.URL) (*http.Response, error) {
 	proxy, err := a.route.proxy(u)
 	if err == nil {
 		var resp *http.Response
-		req := (&http.Request{Method: http.MethodGet, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
+		req := (&http.Request{Method: a.method, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
 			WithContext(withProxy(a.ctx, proxy))
 		resp, err = a.route.transport.RoundTrip(req)
 		// What a server says because we hung up is no answer, though it may still reach us: climbing on such a 404 would be wrong.
