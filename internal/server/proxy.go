@@ -113,11 +113,18 @@ func (s *Server) tunnel(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer up.Close()
+	// Counted while the HTTP server still knows of the request: from the taking over on it doesn't.
+	s.tunnels.Add(1)
+	defer s.tunnels.Done()
 	down, err := takeOver(w)
 	if err != nil {
 		return err
 	}
 	defer down.Close()
+	defer context.AfterFunc(s.ctx, func() {
+		_ = up.Close() // ends the relays, which is all that is wanted
+		_ = down.Close()
+	})()
 	// Each direction ends when its reader does; closing both connections then ends the other one, and both are waited for.
 	var both sync.WaitGroup
 	relay := func(to, from net.Conn) {

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/gorilla/mux"
@@ -57,6 +58,11 @@ type Server struct {
 	router *mux.Router
 
 	inner *inner // serves terminated CONNECT connections; nil if none are
+
+	// ctx is the life of tunnels, which outlive the HTTP server that they were asked of; Close cancels it and waits for them.
+	ctx     context.Context
+	cancel  context.CancelFunc
+	tunnels sync.WaitGroup
 }
 
 // New returns a Server. Close ends the connections that its proxy front door has taken over.
@@ -68,6 +74,7 @@ func New(cfg Config) *Server {
 	if s.now == nil {
 		s.now = time.Now
 	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {
 		s.inner = newInner(s)
@@ -77,6 +84,8 @@ func New(cfg Config) *Server {
 
 // Close ends the connections that CONNECT requests were turned into, and waits for them.
 func (s *Server) Close() error {
+	s.cancel()
+	s.tunnels.Wait()
 	if s.inner == nil {
 		return nil
 	}
