@@ -39,6 +39,9 @@ func (d *Disk) writeSidecar(img *image) error {
 		return err
 	}
 	img.sidecar = int64(len(file))
+	if err := d.makeShard(img.Record.Digest); err != nil {
+		return noSpace(err)
+	}
 	return noSpace(durable.Replace(d.fsys, d.temp(), d.sidecarPath(img.Record.Digest), file, filePerm))
 }
 
@@ -237,7 +240,7 @@ func (d *Disk) removeFiles(digest acproxy.Digest) error {
 		if err := d.fsys.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		if err := d.fsys.SyncDir(filepath.Dir(path)); err != nil {
+		if err := d.fsys.SyncDir(filepath.Dir(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}

@@ -40,7 +40,7 @@ const (
 	versionFile   = "VERSION"
 	lockFile      = "lock"
 	indexFile     = "index.db"
-	blobDir       = "blobs"      // 256 directories, named by the first byte of a digest: the blob by its digest, and beside it its sidecar
+	blobDir       = "blobs"      // up to 256 directories, named by the first byte of a digest: the blob by its digest, and beside it its sidecar
 	nameDir       = "names"      // what discovery found out about names, by the SHA-256 of the name
 	partialDir    = "partial"    // everything that isn't whole yet
 	quarantineDir = "quarantine" // broken files, each with a file that says why
@@ -88,7 +88,8 @@ type Disk struct {
 	closed   bool
 	touched  map[acproxy.Digest]time.Time
 	partials map[*Partial]struct{}
-	pointed  int64 // the last number given to a Resolution
+	shards   map[string]bool // the directories of blobs that exist
+	pointed  int64           // the last number given to a Resolution
 }
 
 var _ Store = (*Disk)(nil)
@@ -100,6 +101,7 @@ func Open(dir string, opts Options) (*Disk, error) {
 	d := &Disk{
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery,
 		changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time), partials: make(map[*Partial]struct{}),
+		shards: make(map[string]bool),
 	}
 	if d.fsys == nil {
 		d.fsys = durable.OS{}
@@ -138,6 +140,13 @@ func (d *Disk) open() error {
 	if err != nil {
 		return err
 	}
+	shards, err := os.ReadDir(d.path(blobDir))
+	if err != nil {
+		return err
+	}
+	for _, shard := range shards {
+		d.shards[shard.Name()] = true
+	}
 	ix, err := openIndex(d.path(indexFile), &d.generation)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -150,7 +159,7 @@ func (d *Disk) open() error {
 		return err
 	}
 	d.ix = ix
-	// Each ends with its work or with ctx, which Close cancels before it waits.
+	// Each ends with its work, the first two with ctx too, which Close cancels before it waits.
 	d.wg.Go(func() { d.begin(ix) })
 	d.wg.Go(d.flusher)
 	d.wg.Go(func() { d.clean(leftovers) })
@@ -166,6 +175,27 @@ func shard(digest acproxy.Digest) string { return digest.Hex()[:2] }
 
 func (d *Disk) blobPath(digest acproxy.Digest) string {
 	return d.path(blobDir, shard(digest), digest.Hex())
+}
+
+// makeShard makes the directory of a digest if there is none.
+func (d *Disk) makeShard(digest acproxy.Digest) error {
+	name := shard(digest)
+	d.mu.Lock()
+	exists := d.shards[name]
+	d.mu.Unlock()
+	if exists {
+		return nil
+	}
+	if err := d.fsys.MkdirAll(d.path(blobDir, name), dirPerm); err != nil {
+		return err
+	}
+	if err := d.fsys.SyncDir(d.path(blobDir)); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.shards[name] = true
+	return nil
 }
 
 func (d *Disk) sidecarPath(digest acproxy.Digest) string { return d.blobPath(digest) + sidecarExt }
@@ -219,15 +249,7 @@ func (d *Disk) layOut() error {
 		}
 	}
 	made := errors.Is(err, fs.ErrNotExist)
-	for i := range 256 {
-		if err := d.fsys.MkdirAll(d.path(blobDir, fmt.Sprintf("%02x", i)), dirPerm); err != nil {
-			return err
-		}
-	}
-	if err := d.fsys.SyncDir(d.path(blobDir)); err != nil {
-		return err
-	}
-	for _, dir := range []string{nameDir, partialDir, quarantineDir} {
+	for _, dir := range []string{blobDir, nameDir, partialDir, quarantineDir} {
 		if err := d.fsys.MkdirAll(d.path(dir), dirPerm); err != nil {
 			return err
 		}
@@ -244,12 +266,9 @@ func (d *Disk) layOut() error {
 	return durable.Replace(d.fsys, d.temp(), d.path(versionFile), []byte(strconv.Itoa(Version)+"\n"), filePerm)
 }
 
-// clean removes what was being written when the store was last open.
+// clean removes what was being written when the store was last open. Close waits for all of it.
 func (d *Disk) clean(leftovers []fs.DirEntry) {
 	for _, entry := range leftovers {
-		if d.ctx.Err() != nil {
-			return
-		}
 		d.log.Info("removing what was not finished", "file", entry.Name())
 		if err := d.fsys.Remove(d.path(partialDir, entry.Name())); err != nil {
 			d.log.Error("removing what was not finished", "file", entry.Name(), "err", err)

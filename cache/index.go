@@ -53,6 +53,9 @@ const openTimeout = 2 * time.Second
 // minMap is how much address space is mapped at least, so that the map needn't move, and wait for readers, each time the file grows.
 const minMap = 64 << 20
 
+// growBy is by how much the file grows at once. bbolt's own 16 MiB would be most of a small store.
+const growBy = 1 << 20
+
 // openIndex opens an existing file. It reads no more than its head: check has to be called before it can be used. A file that bbolt couldn't
 // work with is an error matching errPages.
 func openIndex(path string, generation *atomic.Uint64) (*index, error) {
@@ -75,6 +78,7 @@ func openIndex(path string, generation *atomic.Uint64) (*index, error) {
 	case err != nil:
 		return nil, fmt.Errorf("opening %s: %w", path, err)
 	}
+	x.db.AllocSize = growBy
 	// Ends with close, which waits for it.
 	x.wg.Go(x.writer)
 	return x, nil
@@ -314,7 +318,7 @@ func (x *index) run(changes []*write) error {
 	switch {
 	case err == nil:
 		x.marked = true
-	case err != nil && tx != nil:
+	case tx != nil:
 		// If Commit got as far as closing it, this does nothing and says so.
 		_ = x.guard(tx.Rollback)
 	case errors.Is(err, errPages):

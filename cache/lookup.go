@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"syscall"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -571,7 +572,12 @@ func sizes(dir string, want func(name string) bool) (int64, error) {
 		if err != nil {
 			return 0, err
 		}
-		if fi.Mode().IsRegular() {
+		switch stat, ok := fi.Sys().(*syscall.Stat_t); {
+		case !fi.Mode().IsRegular():
+		case ok:
+			// In units of 512 bytes, whatever the file system's blocks are (stat(2)). The index has holes.
+			sum += 512 * stat.Blocks
+		default:
 			sum += blocks(fi.Size())
 		}
 	}

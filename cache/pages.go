@@ -193,6 +193,8 @@ type row func(bucket string, key, value []byte) error
 // walk goes through all buckets. With a nil row it reads branch pages only, which is what there is to fear: their shape decides whether a
 // look-up ends.
 func (p *pages) walk(ctx context.Context, fn row) error {
+	// The pages of a bucket are read while one that names it is still looked at: they have buffers of their own.
+	inner := &pages{r: p.r, meta: p.meta, seen: p.seen}
 	return p.tree(ctx, p.meta.root, 0, nil, nil, func(flags uint32, key, value []byte) error {
 		if flags != bucketFlag || len(value) < bucketHeader {
 			return broken("%q is not a bucket", key)
@@ -212,9 +214,9 @@ func (p *pages) walk(ctx context.Context, fn row) error {
 			return elements(value[bucketHeader:], leafPage, nil, nil, leaf)
 		}
 		if fn == nil {
-			return p.shape(ctx, root, 1)
+			return inner.shape(ctx, root, 0)
 		}
-		return p.tree(ctx, root, 1, nil, nil, leaf)
+		return inner.tree(ctx, root, 0, nil, nil, leaf)
 	})
 }
 

@@ -36,10 +36,11 @@ const maxAdopted = 512
 //	yes          │ no      │      │ the sidecar is written again
 //	yes          │         │ no   │ the image is quarantined as missing, so that it is fetched again
 //	no           │ yes     │ yes  │ adopted: everything about it was durable before its blob got its name
-//	no           │ yes     │ no   │ with trust the sidecar is removed; without, adopted as missing
+//	no           │ yes     │ no   │ with trust the sidecar is removed; without, it is moved to the quarantine directory
 //	no           │ no      │ yes  │ no crash leaves this: the blob is moved to the quarantine directory
 //
-// A sidecar that can't be read counts as none, and is moved to the quarantine directory.
+// A sidecar that can't be read counts as none, and is moved to the quarantine directory. One without a blob must not be adopted: it may be of a
+// commit that never came to be, and its refs would take the answers of images that are held away from them.
 func (d *Disk) sweep(ix *index, trust bool) error {
 	if err := d.sweepNames(ix); err != nil {
 		return err
@@ -113,6 +114,9 @@ func compareDigests(a, b acproxy.Digest) int { return bytes.Compare(a[:], b[:]) 
 // list returns what a shard's directory holds. What doesn't belong there is moved to the quarantine directory.
 func (d *Disk) list(name string) (map[acproxy.Digest]found, error) {
 	dir, err := os.Open(d.path(blobDir, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -143,9 +147,15 @@ func (d *Disk) list(name string) (map[acproxy.Digest]found, error) {
 // are no longer right about their refs; see rewrite.
 func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acproxy.Digest, err error) {
 	// Locked in order, and nobody else waits for a second lock while holding one.
-	for _, digest := range digests {
-		defer d.locks.lock(digest)()
+	unlock := make([]func(), len(digests))
+	for i, digest := range digests {
+		unlock[i] = d.locks.lock(digest)
 	}
+	defer func() {
+		for _, u := range unlock {
+			u()
+		}
+	}()
 	images := make([]*image, len(digests))
 	errs := make([]error, len(digests))
 	var wg sync.WaitGroup
@@ -251,14 +261,13 @@ func (d *Disk) reconcile(ix *index, digest acproxy.Digest, trust bool) error {
 		d.log.Warn("repairing what is known of an image", "digest", digest, "blob", blob, "sidecar", beside != nil)
 		_, err := d.save(ix, known)
 		return err
-	case beside != nil && (blob || !trust):
-		if !blob {
-			lose(&beside.Record, CodeMissing)
-		}
+	case beside != nil && (blob || beside.Record.lost()):
 		d.log.Warn("taking an image into the index", "digest", digest, "name", beside.Record.Name, "blob", blob)
 		d.raise(beside.Refs)
 		_, err := d.save(ix, beside)
 		return err
+	case beside != nil && !trust:
+		return d.setAside(d.sidecarPath(digest), "its blob is gone, or never came")
 	case beside != nil:
 		d.log.Info("removing what an interrupted commit or removal left", "digest", digest)
 		if err := d.fsys.Remove(d.sidecarPath(digest)); err != nil {

@@ -106,16 +106,22 @@ func Check(ctx context.Context, store cache.Store, img Image) error {
 	if err := same(rec, want); err != nil {
 		return fmt.Errorf("Record: %w", err)
 	}
-	if b, err := store.Manifest(want.Digest); err != nil || !bytes.Equal(b, img.Manifest) {
-		return fmt.Errorf("Manifest = %q, %v, want %q", b, err, img.Manifest)
+	manifest, err := store.Manifest(want.Digest)
+	if err != nil {
+		return fmt.Errorf("Manifest: %w", err)
 	}
-	b, err := store.Signature(want.Digest)
-	if len(img.Signature) == 0 {
-		if !errors.Is(err, acproxy.ErrNotFound) {
-			return fmt.Errorf("Signature of an unsigned image = %q, %v, want ErrNotFound", b, err)
-		}
-	} else if err != nil || !bytes.Equal(b, img.Signature) {
-		return fmt.Errorf("Signature = %q, %v, want %q", b, err, img.Signature)
+	if !bytes.Equal(manifest, img.Manifest) {
+		return fmt.Errorf("Manifest = %q, want %q", manifest, img.Manifest)
+	}
+	signature, err := store.Signature(want.Digest)
+	switch {
+	case len(img.Signature) == 0 && err == nil:
+		return fmt.Errorf("an unsigned image has the signature %q", signature)
+	case len(img.Signature) == 0 && errors.Is(err, acproxy.ErrNotFound):
+	case err != nil:
+		return fmt.Errorf("Signature: %w", err)
+	case !bytes.Equal(signature, img.Signature):
+		return fmt.Errorf("Signature = %q, want %q", signature, img.Signature)
 	}
 	f, err := store.OpenBlob(want.Digest)
 	if err != nil {

@@ -1,0 +1,302 @@
+package cache_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/cache/cachetest"
+	"github.com/acproxy/acproxy/internal/durable/durabletest"
+)
+
+// an operation changes a store that holds alpha 1, which is also the latest alpha, and beta 1.
+type operation struct {
+	name          string
+	do            func(ctx context.Context, d *cache.Disk) error
+	before, after func(ctx context.Context, d *cache.Disk) error
+}
+
+func alpha(version string) cachetest.Image {
+	return cachetest.NewImage("example.com/alpha", version, 3000)
+}
+
+func beta() cachetest.Image { return cachetest.NewImage("example.com/beta", "1", 2000) }
+
+// without returns an image without its ref for the latest.
+func without(img cachetest.Image) cachetest.Image {
+	img.Refs = img.Refs[:1]
+	return img
+}
+
+func holds(images ...cachetest.Image) func(context.Context, *cache.Disk) error {
+	return func(ctx context.Context, d *cache.Disk) error {
+		for _, img := range images {
+			if err := cachetest.Check(ctx, d, img); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// lacks reports, as nil, that nothing of an image is served.
+func lacks(img cachetest.Image) func(context.Context, *cache.Disk) error {
+	return func(ctx context.Context, d *cache.Disk) error {
+		if f, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+			if err == nil {
+				err = f.Close()
+			}
+			return fmt.Errorf("%s %s is held: %w", img.Record.Name, img.Record.Labels["version"], err)
+		}
+		r, _, err := d.Resolve(ctx, img.Refs[0].Ref)
+		if !errors.Is(err, acproxy.ErrNotFound) {
+			return fmt.Errorf("Resolve(%v) = %v, %w", img.Refs[0].Ref, r.Digest, err)
+		}
+		return nil
+	}
+}
+
+func both(checks ...func(context.Context, *cache.Disk) error) func(context.Context, *cache.Disk) error {
+	return func(ctx context.Context, d *cache.Disk) error {
+		for _, check := range checks {
+			if err := check(ctx, d); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func operations() []operation {
+	one, two, other := alpha("1"), alpha("2"), beta()
+	again := without(one)
+	again.Refs = []cache.Resolution{{Ref: cachetest.MustRef("example.com/alpha:1,os=linux"), Source: "https://mirror.example.com/a"}}
+	merged := one
+	merged.Refs = append(merged.Refs[:2:2], again.Refs...)
+	pinned := one
+	pinned.Record.Pinned = true
+	bad := other
+	bad.Record.State, bad.Record.Code, bad.Record.Reason = cache.Quarantined, "tar", "two manifests"
+	moved := other
+	moved.Refs = append(moved.Refs[:2:2], cache.Resolution{Ref: one.Refs[1].Ref, Digest: other.Record.Digest, Source: "https://example.com/moved"})
+	knows := func(want bool) func(context.Context, *cache.Disk) error {
+		return func(_ context.Context, d *cache.Disk) error {
+			if k, ok := d.Known(known.Name); ok != want || ok && !reflect.DeepEqual(k, known) {
+				return fmt.Errorf("Known = %+v, %v, want %v", k, ok, want)
+			}
+			return nil
+		}
+	}
+	return []operation{
+		{
+			"committing a new image",
+			func(ctx context.Context, d *cache.Disk) error { return cachetest.Commit(ctx, d, two) },
+			both(holds(one, other), lacks(two)), holds(without(one), two, other),
+		},
+		{
+			"committing the same bytes again",
+			func(ctx context.Context, d *cache.Disk) error { return cachetest.Commit(ctx, d, again) },
+			holds(one, other), holds(merged, other),
+		},
+		{
+			"pointing a ref at another image",
+			func(ctx context.Context, d *cache.Disk) error { return d.Point(ctx, moved.Refs[2]) },
+			holds(one, other), holds(without(one), moved),
+		},
+		{
+			"updating a record",
+			func(ctx context.Context, d *cache.Disk) error {
+				return d.Update(ctx, one.Record.Digest, func(r *cache.Record) error {
+					r.Pinned = true
+					return nil
+				})
+			},
+			holds(one, other), holds(pinned, other),
+		},
+		{
+			"quarantining an image",
+			func(ctx context.Context, d *cache.Disk) error {
+				return d.Quarantine(ctx, other.Record.Digest, bad.Record.Code, bad.Record.Reason)
+			},
+			holds(one, other), holds(one, bad),
+		},
+		{
+			"deleting an image",
+			func(ctx context.Context, d *cache.Disk) error { return d.Delete(ctx, other.Record.Digest) },
+			holds(one, other), both(holds(one), lacks(other)),
+		},
+		{
+			"learning of a name",
+			func(_ context.Context, d *cache.Disk) error { return d.Learn(known) },
+			both(holds(one, other), knows(false)), both(holds(one, other), knows(true)),
+		},
+	}
+}
+
+// TestNothingIsLostAtAnyCall makes each call on the file system that an operation makes go wrong in each way, and then crashes and starts
+// again: what was reported done is done, what was not is done or not, and nothing lies about.
+func TestNothingIsLostAtAnyCall(t *testing.T) {
+	base := t.TempDir()
+	d := open(t, base, cache.Options{})
+	for _, img := range []cachetest.Image{alpha("1"), beta()} {
+		if err := cachetest.Commit(t.Context(), d, img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	closeStore(t, d)
+	for _, op := range operations() {
+		n := len(callsOf(t, base, op))
+		t.Logf("%s makes %d calls", op.name, n)
+		for at := 1; at <= n; at++ {
+			for _, mode := range []durabletest.Mode{durabletest.Fail, durabletest.FailThoughDone, durabletest.PowerCut} {
+				t.Run(fmt.Sprintf("%s, call %d %v", op.name, at, mode), func(t *testing.T) {
+					t.Parallel()
+					tryCall(t, base, op, at, mode)
+				})
+			}
+		}
+	}
+}
+
+// onCopy opens a copy of a store on a file system that can be broken.
+func onCopy(t *testing.T, base string) (*cache.Disk, *durabletest.FS, string) {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "store")
+	copyStore(t, base, dir)
+	fsys, err := durabletest.New(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := open(t, dir, cache.Options{FS: fsys})
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return d, fsys, dir
+}
+
+func callsOf(t *testing.T, base string, op operation) []string {
+	t.Helper()
+	d, fsys, _ := onCopy(t, base)
+	if err := op.before(t.Context(), d); err != nil {
+		t.Fatalf("before: %v", err)
+	}
+	fsys.Break(0, durabletest.Fail, nil)
+	if err := op.do(t.Context(), d); err != nil {
+		t.Fatal(err)
+	}
+	if err := op.after(t.Context(), d); err != nil {
+		t.Fatalf("after: %v", err)
+	}
+	return fsys.Calls()
+}
+
+func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.Mode) {
+	ctx := t.Context()
+	d, fsys, dir := onCopy(t, base)
+	indexBefore := read(t, filepath.Join(dir, "index.db"))
+	fsys.Break(at, mode, nil)
+	done := op.do(ctx, d)
+	if mode == durabletest.PowerCut {
+		// Nobody was there any more to be told that it was done.
+		done = durabletest.ErrPower
+	}
+	what := "the operation"
+	if calls := fsys.Calls(); len(calls) >= at {
+		what = calls[at-1]
+	}
+	indexAfter := read(t, filepath.Join(dir, "index.db"))
+	verdict := func(d *cache.Disk) error {
+		after := op.after(ctx, d)
+		if after == nil {
+			return nil
+		}
+		if done == nil {
+			return fmt.Errorf("reported done, and yet: %w", after)
+		}
+		if before := op.before(ctx, d); before != nil {
+			return fmt.Errorf("neither as before: %w; nor as after: %w", before, after)
+		}
+		return nil
+	}
+	if err := verdict(d); err != nil {
+		t.Errorf("%s: at once: %v", what, err)
+	}
+
+	type crash struct {
+		survival durabletest.Survival
+		index    []byte
+	}
+	// Whatever the index says was synced by bbolt itself, after the files that it speaks of; or it is lost.
+	crashes := []crash{
+		{durabletest.Nothing(), nil}, {durabletest.Nothing(), indexAfter}, {durabletest.Everything(), indexAfter}, {durabletest.Some(uint64(at)), nil},
+	}
+	if mode == durabletest.PowerCut {
+		crashes = []crash{
+			{durabletest.Nothing(), nil}, {durabletest.Nothing(), indexBefore}, {durabletest.Everything(), nil}, {durabletest.Everything(), indexBefore},
+			{durabletest.Some(uint64(at)), nil}, {durabletest.Some(uint64(at) + 100), indexBefore},
+		}
+	}
+	if testing.Short() {
+		crashes = crashes[:1]
+	}
+	for _, c := range crashes {
+		after := filepath.Join(t.TempDir(), "after")
+		if err := fsys.Crash(after, c.survival); err != nil {
+			t.Fatal(err)
+		}
+		// The model doesn't see what the index's own library writes.
+		if err := os.RemoveAll(filepath.Join(after, "index.db")); err != nil {
+			t.Fatal(err)
+		}
+		state := "the index lost"
+		if c.index != nil {
+			state = "the index kept"
+			write(t, filepath.Join(after, "index.db"), c.index)
+		}
+		again := open(t, after, cache.Options{})
+		if err := again.Ready(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := verdict(again); err != nil {
+			t.Errorf("%s: %v, %s: %v", what, c.survival, state, err)
+		}
+		// And it works on.
+		if err := op.do(ctx, again); err != nil {
+			t.Errorf("%s: %v, %s: doing it again: %v", what, c.survival, state, err)
+		}
+		if err := op.after(ctx, again); err != nil {
+			t.Errorf("%s: %v, %s: after doing it again: %v", what, c.survival, state, err)
+		}
+		closeStore(t, again)
+		tidy(t, after, c.index == nil, what)
+	}
+}
+
+// tidy fails the test if a store's directory holds temporary files, a blob without its sidecar, or files set aside, other than the sidecar of a
+// commit that never came to be when the index, which could have told, was lost.
+func tidy(t *testing.T, dir string, lost bool, what string) {
+	t.Helper()
+	if left := names(t, dir, "partial"); len(left) != 0 {
+		t.Errorf("%s: temporary files are left: %v", what, left)
+	}
+	left := slices.DeleteFunc(names(t, dir, "quarantine"), func(name string) bool { return lost && strings.Contains(name, ".json-") })
+	if len(left) != 0 {
+		t.Errorf("%s: the quarantine directory holds %v", what, left)
+	}
+	for _, shard := range names(t, dir, "blobs") {
+		files := strings.Join(names(t, dir, "blobs", shard), " ")
+		for _, name := range strings.Fields(files) {
+			if !strings.HasSuffix(name, ".json") && !strings.Contains(files, name+".json") {
+				t.Errorf("%s: the blob %s has no sidecar", what, name)
+			}
+		}
+	}
+}

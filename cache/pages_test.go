@@ -1,0 +1,204 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// boltFile returns the content of a bbolt file with some buckets and rows, made in several transactions, some of which delete.
+func boltFile(t testing.TB, buckets, rows int, seed uint64) (file []byte, want map[string]string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "bolt.db")
+	db, err := bolt.Open(path, 0o600, &bolt.Options{NoSync: true, FreelistType: bolt.FreelistMapType})
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(seed, 0))
+	want = make(map[string]string)
+	for range 4 {
+		err := db.Update(func(tx *bolt.Tx) error {
+			for i := range buckets {
+				name := fmt.Sprintf("bucket %d", i)
+				b, err := tx.CreateBucketIfNotExists([]byte(name))
+				if err != nil {
+					return err
+				}
+				// The first buckets are large, most are small enough to stand inside their parent's page.
+				for range rows / (i*i + 1) {
+					key := fmt.Sprintf("key %d", random.IntN(2*rows))
+					if random.IntN(4) == 0 {
+						delete(want, name+"/"+key)
+						if err := b.Delete([]byte(key)); err != nil {
+							return err
+						}
+						continue
+					}
+					value := bytes.Repeat([]byte{byte(i)}, random.IntN(200))
+					if random.IntN(50) == 0 {
+						value = bytes.Repeat(value, 100)
+					}
+					want[name+"/"+key] = string(value)
+					if err := b.Put([]byte(key), value); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file, err = os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file, want
+}
+
+// walkFile reads a file as the index is read before it is trusted, and returns its rows.
+func walkFile(file []byte) (map[string]string, error) {
+	ctx, r := context.Background(), bytes.NewReader(file)
+	newer, _, err := readMetas(r, int64(len(file)))
+	if err != nil {
+		return nil, err
+	}
+	head := newPages(r, newer)
+	if err := errors.Join(head.freelist(ctx), head.walk(ctx, nil)); err != nil {
+		return nil, err
+	}
+	rows := make(map[string]string)
+	p := newPages(r, newer)
+	err = p.walk(ctx, func(bucket string, key, value []byte) error {
+		rows[bucket+"/"+string(key)] = string(value)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return rows, errors.Join(p.freelist(ctx), p.complete())
+}
+
+func TestWalkFindsWhatBboltWrote(t *testing.T) {
+	for _, size := range []struct{ buckets, rows int }{{0, 0}, {1, 1}, {1, 5000}, {15, 300}, {200, 50}, {400, 3000}} {
+		for seed := range uint64(3) {
+			t.Run(fmt.Sprintf("%d buckets, %d rows, seed %d", size.buckets, size.rows, seed), func(t *testing.T) {
+				file, want := boltFile(t, size.buckets, size.rows, seed)
+				got, err := walkFile(file)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if len(got) != len(want) {
+					t.Errorf("%d rows, want %d", len(got), len(want))
+				}
+				for key, value := range want {
+					if got[key] != value {
+						t.Fatalf("%s has %d bytes, want %d", key, len(got[key]), len(value))
+					}
+				}
+			})
+		}
+	}
+}
+
+// reseal gives the meta pages right checksums again, so that what is broken in them is seen as such.
+func reseal(file []byte) {
+	for _, at := range []int{0, 4096} {
+		body := file[at+pageHeader:]
+		sum := fnv.New64a()
+		sum.Write(body[:56])
+		order.PutUint64(body[56:], sum.Sum64())
+	}
+}
+
+func TestWalkRefusesWhatWouldBringBboltDown(t *testing.T) {
+	file, _ := boltFile(t, 3, 5000, 1)
+	newer, _, err := readMetas(bytes.NewReader(file), int64(len(file)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A branch page, and the first pointer on it.
+	branch := -1
+	for id := 2; id < int(newer.highWater); id++ {
+		if order.Uint16(file[id*4096+8:]) == branchPage && int(order.Uint64(file[id*4096:])) == id {
+			p := newPages(bytes.NewReader(file), newer)
+			if p.walk(t.Context(), nil) == nil && p.seen[id/64]&(1<<(id%64)) != 0 {
+				branch = id
+			}
+		}
+	}
+	if branch < 0 {
+		t.Fatal("there is no branch page in use")
+	}
+	newerAt := 4096 * int(newer.txid%2)
+	for _, tt := range []struct {
+		name  string
+		spoil func(b []byte)
+	}{
+		{"a branch points at itself", func(b []byte) { order.PutUint64(b[branch*4096+24:], uint64(branch)) }},
+		{"a branch points at a meta page", func(b []byte) { order.PutUint64(b[branch*4096+24:], 0) }},
+		{"a branch points past the end", func(b []byte) { order.PutUint64(b[branch*4096+24:], 1<<40) }},
+		{"two pointers of a branch are the same", func(b []byte) { copy(b[branch*4096+24:branch*4096+32], b[branch*4096+40:branch*4096+48]) }},
+		{"a branch has no elements", func(b []byte) { order.PutUint16(b[branch*4096+10:], 0) }},
+		{"a branch has more elements than bytes", func(b []byte) { order.PutUint16(b[branch*4096+10:], 0xFFFF) }},
+		{"a page overflows for gigabytes", func(b []byte) { order.PutUint32(b[branch*4096+12:], 1<<31) }},
+		{"a page is another", func(b []byte) { order.PutUint64(b[branch*4096:], uint64(branch+1)) }},
+		{"the list of free pages is endless", func(b []byte) {
+			at := int(newer.freelist) * 4096
+			order.PutUint16(b[at+10:], 0xFFFF)
+			order.PutUint64(b[at+16:], 1<<62)
+		}},
+		{"a page in use is free", func(b []byte) {
+			at := int(newer.freelist) * 4096
+			order.PutUint16(b[at+10:], 1)
+			order.PutUint64(b[at+16:], uint64(branch))
+		}},
+		{"the root is past the end", func(b []byte) { order.PutUint64(b[newerAt+pageHeader+16:], 1<<50) }},
+		{"the high water mark is past the end", func(b []byte) { order.PutUint64(b[newerAt+pageHeader+40:], 1<<50) }},
+		{"pages have no size", func(b []byte) { order.PutUint32(b[pageHeader+8:], 0) }},
+		{"pages have three bytes", func(b []byte) { order.PutUint32(b[pageHeader+8:], 3) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := bytes.Clone(file)
+			tt.spoil(b)
+			reseal(b)
+			if _, err := walkFile(b); !errors.Is(err, errPages) {
+				t.Errorf("walk = %v, want an error matching errPages", err)
+			}
+		})
+	}
+}
+
+// FuzzWalk overwrites places of a good file. Whatever they are, reading it ends, and stays within its bounds.
+func FuzzWalk(f *testing.F) {
+	file, _ := boltFile(f, 3, 500, 1)
+	f.Add(uint32(16), []byte{1, 2, 3})
+	f.Add(uint32(4096*3+8), []byte{1, 0, 0xff, 0xff})
+	f.Add(uint32(len(file)-1), []byte{0})
+	patch := binary.LittleEndian.AppendUint64(nil, 3)
+	for page := range uint32(len(file) / 4096) {
+		f.Add(page*4096+24, patch)
+		f.Add(page*4096+8, []byte{branchPage, 0, 1, 0})
+	}
+	f.Fuzz(func(t *testing.T, at uint32, patch []byte) {
+		b := bytes.Clone(file)
+		copy(b[int(at)%len(b):], patch)
+		reseal(b)
+		if _, err := walkFile(b); err != nil && !errors.Is(err, errPages) {
+			t.Errorf("walk = %v, want none or one matching errPages", err)
+		}
+	})
+}
