@@ -53,8 +53,8 @@ type Record struct {
 type State string
 
 const (
-	OK          State = "ok"
-	Quarantined State = "quarantined"
+	OK          State = "ok"          // it may
+	Quarantined State = "quarantined" // it may not; its bytes are kept
 )
 
 // The codes of images that are quarantined because their bytes are not there. Such an image counts as not found, so that it is fetched again.

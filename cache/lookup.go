@@ -460,10 +460,17 @@ func (d *Disk) Images(filter Filter, after string, limit int) (records []Record,
 func (d *Disk) Known(name string) (Discovered, bool) {
 	var k Discovered
 	ok := false
+	before := d.knowledge()
 	err := d.view(func(tx *bolt.Tx) (err error) {
 		ok, err = getJSON(tx, bucketKnown, []byte(name), &k)
 		return err
 	})
+	if err == nil && !ok && !d.complete(before) {
+		// The index is being made; the name's own file knows.
+		if k, ok, err = d.readName(d.namePath(name)); errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+	}
 	if err != nil {
 		d.log.Error("looking up what is known of a name", "name", name, "err", err)
 	}

@@ -331,7 +331,7 @@ func (f *Finder) ask(name string, rule int, level, key string) (*page, error) {
 	generation := f.generation
 	if f.closed {
 		f.mu.Unlock()
-		return nil, &acproxy.Error{Kind: acproxy.ErrBusy, Code: "closing", Detail: "discovery of " + name + ": the server is shutting down"}
+		return nil, &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Detail: "discovery of " + name + ": the server is shutting down"}
 	}
 	f.wg.Add(1)
 	f.mu.Unlock()
@@ -342,7 +342,7 @@ func (f *Finder) ask(name string, rule int, level, key string) (*page, error) {
 	p, err := f.fetch(ctx, name, f.rules[rule], level)
 	switch {
 	case err != nil && f.ctx.Err() != nil:
-		return nil, &acproxy.Error{Kind: acproxy.ErrBusy, Code: "closing", Detail: "discovery of " + name + ": the server is shutting down", Err: err}
+		return nil, &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Detail: "discovery of " + name + ": the server is shutting down", Err: err}
 	case err != nil && ctx.Err() != nil && !errors.Is(err, acproxy.ErrTimeout):
 		detail := fmt.Sprintf("the discovery page of %s did not arrive within %v", level, pageTimeout)
 		attempt := acproxy.Attempt{What: "discovery", URL: pageURL("https", f.rules[rule], level), Err: detail}

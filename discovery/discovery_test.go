@@ -492,10 +492,10 @@ func TestClose(t *testing.T) {
 		}
 	}
 	f.Close()
-	if err := <-done; codeOf(err) != "closing" {
+	if err := <-done; codeOf(err) != "shutting-down" {
 		t.Errorf("error = %v, want that it is closing", err)
 	}
-	if _, err := f.Templates(t.Context(), "example.com"); codeOf(err) != "closing" {
+	if _, err := f.Templates(t.Context(), "example.com"); codeOf(err) != "shutting-down" {
 		t.Errorf("error after Close = %v, want that it is closed", err)
 	}
 }

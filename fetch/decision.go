@@ -120,7 +120,11 @@ func (f *Fetcher) judgeAll(ctx context.Context, records []cache.Record) ([]error
 		// Each worker ends with its share of the page; waited for below.
 		group.Go(func() error {
 			for i := w; i < len(records) && ctx.Err() == nil; i += workers {
-				_, err := f.rejudge(records[i])
+				_, err := f.rejudge(f.cfg.Keyring(), records[i])
+				if errors.Is(err, acproxy.ErrNotFound) {
+					// It was deleted in the meantime.
+					err = nil
+				}
 				if err != nil && !errors.Is(err, acproxy.ErrRefused) {
 					return err
 				}

@@ -131,7 +131,15 @@ func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Tra
 
 // RefsOf returns the refs that a publisher's own URL may ask for, with the extension, "aci" or "aci.asc", by the templates that were learned or
 // configured. The more specific names come first.
-func (f *Fetcher) RefsOf(url *url.URL) (refs []acproxy.Ref, ext string) {
+func (f *Fetcher) RefsOf(ctx context.Context, url *url.URL) (refs []acproxy.Ref, ext string) {
+	if refs, ext = f.refsOf(url); len(refs) == 0 && f.cfg.Store.Ready(ctx) == nil {
+		// It may not have known everything yet.
+		refs, ext = f.refsOf(url)
+	}
+	return refs, ext
+}
+
+func (f *Fetcher) refsOf(url *url.URL) (refs []acproxy.Ref, ext string) {
 	templates := f.cfg.Discovery.Fixed()
 	for _, known := range f.cfg.Store.KnownUnderHost(url.Hostname()) {
 		templates = append(templates, learned(known)...)

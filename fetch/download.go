@@ -28,6 +28,7 @@ type download struct {
 	key          string
 	name         string
 	client       string // who asked first
+	keyring      string // the ID of the keys when it was claimed
 	policy       Policy
 	source       string // the image's URL
 	signatureURL string
@@ -41,8 +42,10 @@ type download struct {
 	size     int64 // bytes, -1 if the publisher didn't say
 	modified time.Time
 	etag     string
-	partial  *cache.Partial
-	held     acproxy.Digest // with errHeld: the image that made the download needless
+	// validators are what the publisher said, by the names of its header fields.
+	validators map[string]string
+	partial    *cache.Partial
+	held       acproxy.Digest // with errHeld: the image that made the download needless
 	// urgent is closed, by hurry, when somebody waits for the end of the inspection. Until then all of it that the verdict doesn't need waits for the
 	// verdict.
 	urgent chan struct{}
@@ -54,6 +57,7 @@ type download struct {
 	later     bool
 	changed   chan struct{} // closed, and replaced, whenever one of the fields below changes
 	refs      map[acproxy.Ref]struct{}
+	doomed    bool // the manifest fits none of the refs: nobody else may join
 	written   int64
 	complete  bool // the publisher's body has ended well
 	manifest  *aci.Manifest
@@ -79,7 +83,7 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 		return d, false, nil
 	}
 	d = &download{
-		f: f, key: key, name: name, client: fl.client, policy: policy, source: source, signatureURL: signatureURL, signature: signature, later: later, size: -1,
+		f: f, key: key, name: name, client: fl.client, keyring: fl.keyring, policy: policy, source: source, signatureURL: signatureURL, signature: signature, later: later, size: -1,
 		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
 		refs: map[acproxy.Ref]struct{}{ref: {}},
 	}
@@ -93,7 +97,8 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 	return d, true, nil
 }
 
-// add lets another ref wait for the download. It reports false if the verdict is there already.
+// add lets another ref wait for the download. It reports false if the verdict is there already, or is sure to be bad for the refs that wait and
+// might be good for this one.
 func (d *download) add(ref acproxy.Ref) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -101,6 +106,9 @@ func (d *download) add(ref acproxy.Ref) bool {
 	case <-d.decided:
 		return false
 	default:
+	}
+	if d.doomed {
+		return false
 	}
 	d.refs[ref] = struct{}{}
 	return true
@@ -134,6 +142,7 @@ func (d *download) begin(resp *http.Response) error {
 		return errors.Join(err, resp.Body.Close())
 	}
 	d.size, d.etag = resp.ContentLength, resp.Header.Get("ETag")
+	d.validators = map[string]string{"ETag": d.etag, "Last-Modified": resp.Header.Get("Last-Modified")}
 	if t, err := http.ParseTime(resp.Header.Get("Last-Modified")); err == nil {
 		d.modified = t
 	}
@@ -152,7 +161,7 @@ func (d *download) begin(resp *http.Response) error {
 // answered with other bytes before it never goes back.
 func (d *download) settleModified() {
 	if d.modified.IsZero() && d.signature != nil {
-		if a, err := d.f.judge(d.name, d.signature, nil, d.policy); err == nil && len(a.Signers) > 0 {
+		if a, err := d.f.judge(d.f.cfg.Keyring(), d.name, d.signature, nil, d.policy); err == nil && len(a.Signers) > 0 {
 			d.modified = a.Signers[0].Signed
 		}
 	}
@@ -199,6 +208,9 @@ func (d *download) run(body io.ReadCloser) {
 	started := d.f.now()
 	inspection := d.inspect()
 	rec, err := d.verdict(body, inspection)
+	if err != nil {
+		err = d.reason(err, inspection)
+	}
 	// Closing says nothing about the bytes that reading didn't.
 	_ = body.Close()
 	if err != nil {
@@ -237,10 +249,15 @@ func (d *download) fail(err error) {
 	}
 	for _, ref := range d.waiting() {
 		d.f.log.Warn("image not kept", "ref", ref, "source", d.source, "err", err)
-		if errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrPublisher) && d.f.ctx.Err() == nil {
+		if d.f.ctx.Err() != nil {
+			continue
+		}
+		// What is held for the ref, if anything, is answered with in the meantime.
+		d.f.pause(ref)
+		if errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrPublisher) {
 			d.f.recordRefusal(ref, d.client, d.source, err)
 			if contentRefused(err) {
-				d.f.rememberFailure(ref, err)
+				d.f.rememberFailure(d.keyring, ref, err)
 			}
 		}
 	}
@@ -252,7 +269,7 @@ func contentRefused(err error) bool {
 	var refusal *trust.Refusal
 	var violation *aci.Violation
 	switch code := acproxy.Code(err); code {
-	case "wrong-name", "wrong-labels", "image-too-large", "changed-upstream":
+	case "wrong-name", "wrong-labels", codeTooLarge, "changed-upstream", codeQuarantined:
 		return true
 	}
 	return errors.As(err, &refusal) || errors.As(err, &violation)
@@ -272,6 +289,13 @@ func (d *download) succeed(rec cache.Record) {
 	close(d.decided)
 }
 
+// outcome returns the verdict of a download that is decided.
+func (d *download) outcome() (cache.Record, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.committed, d.err
+}
+
 func (d *download) waiting() []acproxy.Ref {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -282,13 +306,6 @@ func (d *download) waiting() []acproxy.Ref {
 	return refs
 }
 
-func (d *download) anyRef() acproxy.Ref {
-	for _, ref := range d.waiting() {
-		return ref
-	}
-	return acproxy.Ref{}
-}
-
 // verdict reads the body and returns the committed record, or what is wrong with the image.
 func (d *download) verdict(body io.Reader, inspection *inspection) (cache.Record, error) {
 	hasher, err := d.newHasher()
@@ -297,7 +314,7 @@ func (d *download) verdict(body io.Reader, inspection *inspection) (cache.Record
 	}
 	digest, err := d.receive(body, hasher)
 	if err != nil {
-		return cache.Record{}, inspection.reason(err)
+		return cache.Record{}, err
 	}
 	d.update(func() { d.complete = true })
 	if d.isLater() {
@@ -311,7 +328,7 @@ func (d *download) verdict(body io.Reader, inspection *inspection) (cache.Record
 			return cache.Record{}, err
 		}
 	}
-	acceptance, err := d.f.judge(d.name, d.signature, hashed, d.policy)
+	acceptance, err := d.f.judge(d.f.cfg.Keyring(), d.name, d.signature, hashed, d.policy)
 	if err != nil {
 		return cache.Record{}, err
 	}
@@ -334,7 +351,19 @@ func (d *download) verdict(body io.Reader, inspection *inspection) (cache.Record
 		}
 		describe(&rec, inspection.result)
 	}
+	if err := d.checkHeld(rec); err != nil {
+		return cache.Record{}, err
+	}
 	return d.commit(rec, manifest)
+}
+
+// checkHeld refuses bytes that are held already and quarantined: they came again by another way, and are not going to be served by that.
+func (d *download) checkHeld(rec cache.Record) error {
+	held, err := d.f.cfg.Store.Record(rec.Digest)
+	if err != nil || rec.Inspected || !held.Quarantined() || lost(held) {
+		return nil
+	}
+	return quarantined(held)
 }
 
 // newHasher returns what computes the hashes that the signature needs, nil if there is no signature (yet).
@@ -474,6 +503,14 @@ func (d *download) checkChange(rec cache.Record, inspection *inspection) error {
 	if err != nil || before.Digest == rec.Digest {
 		return nil
 	}
+	if before.ImageID.IsZero() && !before.Quarantined() {
+		// Its own inspection hasn't come to its end yet.
+		found, err := d.f.inspectHeld(d.ctx, before)
+		if err != nil && d.ctx.Err() != nil {
+			return context.Cause(d.ctx)
+		}
+		before.ImageID = found.ID
+	}
 	d.hurry()
 	if err := inspection.await(d.ctx); err != nil {
 		return err
@@ -505,7 +542,11 @@ func (d *download) commit(rec cache.Record, manifest aci.Manifest) (cache.Record
 	}
 	var resolutions []cache.Resolution
 	for ref := range refs {
-		resolutions = append(resolutions, d.f.resolution(d.ctx, ref, rec, d.source))
+		r := d.f.resolution(d.ctx, ref, rec, d.source)
+		if d.signature == nil {
+			r.Validators = d.validators
+		}
+		resolutions = append(resolutions, r)
 	}
 	if err := d.partial.Commit(d.ctx, rec, manifest.Raw, d.signature, resolutions...); err != nil {
 		return cache.Record{}, fmt.Errorf("committing %s: %w", rec.Name, err)
@@ -529,6 +570,7 @@ func (d *download) inspect() *inspection {
 	if err != nil {
 		in.err = err
 		close(in.done)
+		d.spoil()
 		return in
 	}
 	var once sync.Once
@@ -567,25 +609,28 @@ func (d *download) spoil() {
 
 // checkManifest holds the manifest against what was asked for. It is an error if it fits none of the refs that wait.
 func (d *download) checkManifest(m aci.Manifest) error {
-	d.update(func() { d.manifest = &m })
 	var first error
-	for _, ref := range d.waiting() {
-		err := ref.Matches(m.Name, m.Labels)
-		if err == nil {
-			return nil
-		}
-		if first == nil {
+	d.update(func() {
+		d.manifest = &m
+		for ref := range d.refs {
+			err := ref.Matches(m.Name, m.Labels)
+			if err == nil {
+				first = nil
+				return
+			}
 			first = err
 		}
-	}
+		d.doomed = first != nil
+	})
 	return first
 }
 
-// reason returns why the receiving of an image failed: because of what the inspection found, if it is what stopped it, else err.
-func (in *inspection) reason(err error) error {
-	if !errors.Is(err, context.Canceled) {
+// reason returns why there is a bad verdict: because of what the inspection found, if that is what stopped the rest, else err.
+func (d *download) reason(err error, in *inspection) error {
+	if d.ctx.Err() == nil || !errors.Is(err, context.Canceled) {
 		return err
 	}
+	// It ends with the same context, if it hasn't.
 	<-in.done
 	if in.err != nil && !errors.Is(in.err, context.Canceled) {
 		return in.err
@@ -671,6 +716,9 @@ func (f *Fetcher) ResumeInspections(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		result, err := f.inspectHeld(ctx, rec)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		f.inspected(rec, result, err)
 	}
 	return nil

@@ -3,6 +3,7 @@ package fetch
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -39,7 +40,7 @@ type Config struct {
 	Allow    []string // image-name prefixes that may be asked for; none means all
 	Offline  bool     // dial nobody, whatever the policies say
 
-	HoldBack         int64         // bytes at the end of an arriving image that wait for the verdict; 0 means DefaultHoldBack
+	HoldBack         int64         // bytes at the end of an arriving image that wait for the verdict; 0 or less means DefaultHoldBack
 	MaxImageSize     int64         // bytes of a blob; 0 means DefaultMaxImageSize
 	MaxSignatureSize int64         // bytes of a signature; 0 means trust.MaxSignature, which is also the most
 	SignatureWait    time.Duration // for how long a signature answered with 202 is asked for again; 0 means DefaultSignatureWait, less than 0 not at all
@@ -63,11 +64,11 @@ type Fetcher struct {
 
 	// ctx is the life of everything that was started on behalf of a client and doesn't end with it.
 	ctx    context.Context
-	cancel context.CancelFunc
+	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
 
-	negative *gocache.Cache // ref and keyring → error
-	sticky   *gocache.Cache // client and ref → digest whose signature the client was given
+	negative *gocache.Cache // keyring and ref → remembered error
+	sticky   *gocache.Cache // client and ref → remembered digest of the signature that the client was given
 	verdicts verdicts
 
 	mu        sync.Mutex
@@ -81,7 +82,8 @@ type Fetcher struct {
 
 // New returns a Fetcher. Close ends what it has in progress.
 func New(cfg Config) *Fetcher {
-	cfg.HoldBack = orDefault(cfg.HoldBack, DefaultHoldBack)
+	// Less than 0 would let the last bytes go before the verdict.
+	cfg.HoldBack = orDefault(max(cfg.HoldBack, 0), DefaultHoldBack)
 	cfg.MaxImageSize = orDefault(cfg.MaxImageSize, DefaultMaxImageSize)
 	cfg.MaxSignatureSize = orDefault(cfg.MaxSignatureSize, trust.MaxSignature)
 	cfg.SignatureWait = orDefault(cfg.SignatureWait, DefaultSignatureWait)
@@ -103,7 +105,7 @@ func New(cfg Config) *Fetcher {
 	if f.now == nil {
 		f.now = time.Now
 	}
-	f.ctx, f.cancel = context.WithCancel(context.Background())
+	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	return f
 }
 
@@ -119,7 +121,7 @@ func (f *Fetcher) Close() error {
 	f.mu.Lock()
 	f.closed = true
 	f.mu.Unlock()
-	f.cancel()
+	f.cancel(errClosed)
 	f.wg.Wait()
 	return nil
 }
@@ -164,8 +166,12 @@ type Request struct {
 // stickyFor is how long a client may take between asking for a signature and asking for the image.
 const stickyFor = 2 * time.Minute
 
-// maxSticky bounds the signatures remembered for clients, and the negative answers.
-const maxSticky = 100_000
+const (
+	// maxSticky bounds the signatures remembered for clients, and the pauses.
+	maxSticky = 100_000
+	// maxNegative bounds the negative answers, which carry the trace of what was tried: some kilobytes each.
+	maxNegative = 10_000
+)
 
 // answer is where an image is: held, or arriving.
 type answer struct {
@@ -173,6 +179,7 @@ type answer struct {
 	record   cache.Record     // if held
 	resolved cache.Resolution // if held
 	download *download        // if arriving
+	modified time.Time        // if arriving: the Last-Modified that the ref will have
 }
 
 // Image returns the image that a ref asks for: open, if it is held; arriving, if its publisher had to be asked. The caller closes it.
@@ -183,7 +190,17 @@ func (f *Fetcher) Image(ctx context.Context, req Request) (*Image, error) {
 		return nil, err
 	}
 	if a.download == nil {
-		return f.open(a.status, a.resolved, a.record)
+		im, err := f.open(a.status, a.resolved, a.record)
+		if !errors.Is(err, acproxy.ErrNotFound) {
+			return im, err
+		}
+		// The bytes are gone since the store was asked, or nobody had noticed yet. It knows now.
+		if a, err = f.answer(ctx, req); err != nil {
+			return nil, err
+		}
+		if a.download == nil {
+			return f.open(a.status, a.resolved, a.record)
+		}
 	}
 	return f.follow(ctx, a, req.Ref)
 }
@@ -199,6 +216,8 @@ type Signature struct {
 // Signature returns the signature of the image that a ref asks for, once a key that is trusted for its name is known to have made it. An
 // unsigned image that policy accepts gives an error matching [acproxy.ErrNotFound].
 func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error) {
+	// Who asks for a signature begins anew. A client that asks more often than it is forgotten would never see the next image otherwise.
+	f.sticky.Delete(stickyKey(req))
 	a, err := f.answer(ctx, req)
 	if err != nil {
 		return Signature{}, err
@@ -210,7 +229,8 @@ func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error)
 		if d.signature == nil {
 			return Signature{}, unsigned(req.Ref.String())
 		}
-		return Signature{Status: a.status, Bytes: d.signature, Modified: d.modified}, nil
+		f.stick(req, sha256.Sum256(d.signature))
+		return Signature{Status: a.status, Bytes: d.signature, Modified: a.modified}, nil
 	}
 	if !a.record.Signed {
 		return Signature{}, unsigned(req.Ref.String())
@@ -219,7 +239,7 @@ func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error)
 	if err != nil {
 		return Signature{}, fmt.Errorf("reading the signature of %v: %w", req.Ref, err)
 	}
-	f.stick(req, a.record.Digest)
+	f.stick(req, a.record.SignatureDigest)
 	return Signature{Status: a.status, Bytes: sig, Modified: a.resolved.Modified}, nil
 }
 
@@ -239,13 +259,23 @@ func unsigned(what string) error {
 // closes it. An ID that two images share is an error matching [acproxy.ErrInvalid].
 func (f *Fetcher) ByImageID(ctx context.Context, digits string) (*Image, error) {
 	records, err := f.cfg.Store.ByImageID(digits)
+	if err == nil && len(records) == 0 {
+		// It may not have known everything yet.
+		if err = f.cfg.Store.Ready(ctx); err == nil {
+			records, err = f.cfg.Store.ByImageID(digits)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
 	var fits []cache.Record
 	var refused error
 	for _, rec := range records {
-		if err := f.acceptable(rec); err != nil {
+		err := f.allowed(rec.Name)
+		if err == nil {
+			err = f.acceptable(rec)
+		}
+		if err != nil {
 			refused = err
 			continue
 		}
@@ -265,6 +295,7 @@ func (f *Fetcher) ByImageID(ctx context.Context, digits string) (*Image, error) 
 			return nil, acproxy.Invalid("several images have an ID that begins with sha512-%s; give more digits", digits)
 		}
 	}
+	f.cfg.Store.Touch(fits[0].Digest)
 	return f.open(Hit, cache.Resolution{Digest: fits[0].Digest, Modified: fits[0].Modified}, fits[0])
 }
 
@@ -281,10 +312,12 @@ func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
 			return a, err
 		}
 		// The publisher may have signed it anew, with a key that is trusted.
-		if a, again := f.ask(ctx, req); !outage(again) {
-			return a, again
+		a, again := f.ask(ctx, req)
+		if outage(again) || errors.Is(again, acproxy.ErrNotFound) {
+			// That it isn't to be had there either says less than why what is here isn't served.
+			return answer{}, err
 		}
-		return answer{}, err
+		return a, again
 	case !errors.Is(err, acproxy.ErrNotFound):
 		return answer{}, err
 	case policy.Offline:
@@ -299,15 +332,15 @@ func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
 
 // ask answers by asking the publisher, unless it was asked a moment ago and the answer was no.
 func (f *Fetcher) ask(ctx context.Context, req Request) (answer, error) {
-	if err, ok := f.negative.Get(f.negativeKey(req.Ref)); ok {
-		return answer{}, err.(error)
+	if err, ok := recall[error](f.negative, negativeKey(f.cfg.Keyring().ID(), req.Ref), f.now()); ok {
+		return answer{}, err
 	}
 	fl, joined := f.join(req, acproxy.Digest{})
 	if err := fl.wait(ctx); err != nil {
 		return answer{}, err
 	}
 	if fl.download != nil {
-		return answer{status: missOr(Joined, joined), download: fl.download}, nil
+		return fl.arriving(joined), nil
 	}
 	// The publisher's signature showed that the image is held already, under another ref.
 	resolved, rec, err := f.cfg.Store.Resolve(ctx, req.Ref)
@@ -320,26 +353,17 @@ func (f *Fetcher) ask(ctx context.Context, req Request) (answer, error) {
 	return answer{status: Hit, resolved: resolved, record: rec}, nil
 }
 
-func missOr(s Status, joined bool) Status {
-	if joined {
-		return s
-	}
-	return Miss
-}
-
 // held answers with what the store has for a ref, asking the publisher only where a ref without a version is no longer fresh.
 func (f *Fetcher) held(ctx context.Context, req Request, policy Policy, resolved cache.Resolution, rec cache.Record) (answer, error) {
-	if stuck, ok := f.sticky.Get(stickyKey(req)); ok && stuck.(acproxy.Digest) != rec.Digest {
-		if earlier, err := f.cfg.Store.Record(stuck.(acproxy.Digest)); err == nil && f.acceptable(earlier) == nil {
-			return answer{status: Stale, resolved: cache.Resolution{Ref: req.Ref, Digest: earlier.Digest, Modified: earlier.Modified}, record: earlier}, nil
-		}
+	if a, ok := f.belonging(req, policy, resolved, rec); ok {
+		return a, nil
 	}
 	status, arriving, err := f.freshen(ctx, req, policy, resolved)
 	if err != nil {
 		return answer{}, err
 	}
 	if arriving != nil {
-		return answer{status: Miss, download: arriving}, nil
+		return *arriving, nil
 	}
 	if status == Revalidated {
 		if resolved, rec, err = f.cfg.Store.Resolve(ctx, req.Ref); err != nil {
@@ -353,9 +377,38 @@ func (f *Fetcher) held(ctx context.Context, req Request, policy Policy, resolved
 	return answer{status: status, resolved: resolved, record: rec}, nil
 }
 
-// freshen decides whether what is held for a ref may be answered with. It returns a download if the publisher has something newer and the
-// node had to wait for it.
-func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resolved cache.Resolution) (Status, *download, error) {
+// belonging answers with the image that the signature belongs to which the client was given a moment ago, whatever the publisher calls latest by
+// now: together they are right, and one of each is not.
+func (f *Fetcher) belonging(req Request, policy Policy, resolved cache.Resolution, rec cache.Record) (answer, bool) {
+	stuck, ok := recall[acproxy.Digest](f.sticky, stickyKey(req), f.now())
+	if !ok {
+		return answer{}, false
+	}
+	if rec.SignatureDigest != stuck {
+		digest, ok := f.cfg.Store.BySignature(stuck)
+		if !ok {
+			return answer{}, false
+		}
+		var err error
+		if rec, err = f.cfg.Store.Record(digest); err != nil {
+			return answer{}, false
+		}
+		resolved = cache.Resolution{Ref: req.Ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}
+	}
+	if f.acceptable(rec) != nil {
+		return answer{}, false
+	}
+	f.cfg.Store.Touch(rec.Digest)
+	status := Hit
+	if f.now().Sub(resolved.Validated) >= policy.TTL {
+		status = Stale
+	}
+	return answer{status: status, resolved: resolved, record: rec}, true
+}
+
+// freshen decides whether what is held for a ref may be answered with. It returns another answer, one that is arriving, if the publisher has
+// something newer and the node had to wait for it.
+func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resolved cache.Resolution) (Status, *answer, error) {
 	ref := req.Ref
 	asHeld := Hit
 	if !resolved.Gone.IsZero() {
@@ -371,7 +424,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 	if f.pausing(ref) {
 		return asHeld, nil, nil
 	}
-	fl, _ := f.join(req, resolved.Digest)
+	fl, joined := f.join(req, resolved.Digest)
 	if age < policy.TTL+policy.MaxStale {
 		return asHeld, nil, nil
 	}
@@ -379,9 +432,12 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 	case err == nil && fl.download == nil:
 		return Revalidated, nil, nil
 	case err == nil:
-		return Miss, fl.download, nil
+		a := fl.arriving(joined)
+		return a.status, &a, nil
 	case ctx.Err() != nil:
 		return 0, nil, err
+	case errors.Is(err, acproxy.ErrNotFound):
+		return Gone, nil, nil
 	}
 	return asHeld, nil, nil
 }
@@ -412,35 +468,45 @@ func outage(err error) bool {
 
 func stickyKey(req Request) string { return req.Client + " " + req.Ref.String() }
 
-// stick remembers which image's signature a client was given.
-func (f *Fetcher) stick(req Request, digest acproxy.Digest) {
+// stick remembers which signature, by its SHA-256, a client was given.
+func (f *Fetcher) stick(req Request, signature acproxy.Digest) {
 	// Only a ref without a version can move on to another image between the two requests.
 	if req.Client != "" && req.Ref.Version() == "" {
-		remember(f.sticky, stickyKey(req), digest)
+		remember(f.sticky, maxSticky, stickyKey(req), signature, f.now().Add(stickyFor))
 	}
+}
+
+// remembered is a value with its time. It is by our clock; the cache's own is the wall clock's.
+type remembered[T any] struct {
+	value T
+	until time.Time
 }
 
 // remember adds to a cache that has no bound of its own. Expired ones go first; if all are young, the newcomer isn't remembered.
-func remember(c *gocache.Cache, key string, value any) {
-	if c.ItemCount() >= maxSticky {
+func remember[T any](c *gocache.Cache, most int, key string, value T, until time.Time) {
+	if c.ItemCount() >= most {
 		c.DeleteExpired()
 	}
-	if c.ItemCount() < maxSticky {
-		c.SetDefault(key, value)
+	if c.ItemCount() < most {
+		c.SetDefault(key, remembered[T]{value, until})
 	}
 }
 
-// rememberFailure keeps an error for those who ask next.
-func (f *Fetcher) rememberFailure(ref acproxy.Ref, err error) {
+func recall[T any](c *gocache.Cache, key string, now time.Time) (T, bool) {
+	v, ok := c.Get(key)
+	r, _ := v.(remembered[T])
+	return r.value, ok && now.Before(r.until)
+}
+
+// rememberFailure keeps an error for those who ask next while the keyring is the one, given by its ID, by which it was decided.
+func (f *Fetcher) rememberFailure(keyring string, ref acproxy.Ref, err error) {
 	if f.cfg.NegativeTTL > 0 {
-		remember(f.negative, f.negativeKey(ref), err)
+		remember(f.negative, maxNegative, negativeKey(keyring, ref), err, f.now().Add(f.cfg.NegativeTTL))
 	}
 }
 
 // negativeKey contains the keyring, so that a refusal isn't remembered past the adding of a key.
-func (f *Fetcher) negativeKey(ref acproxy.Ref) string {
-	return f.cfg.Keyring().ID() + " " + ref.String()
-}
+func negativeKey(keyring string, ref acproxy.Ref) string { return keyring + " " + ref.String() }
 
 // pausing reports whether a refresh of a ref failed a moment ago, so that it isn't tried again with every request.
 func (f *Fetcher) pausing(ref acproxy.Ref) bool {

@@ -22,11 +22,33 @@ type flight struct {
 	ref    acproxy.Ref
 	have   acproxy.Digest // what is held for the ref and being refreshed; zero if nothing is
 	client string         // who asked first
+	// keyring is the ID of the keys at the beginning. What was decided by them must not be remembered for others.
+	keyring string
 
 	landed chan struct{} // closed once the fields below are set
 	// download is nil if the image turned out to be held.
 	download *download
+	shared   bool             // another ref's flight started the download
+	before   cache.Resolution // what the ref answered when the flight began; zero if nothing
 	err      error
+}
+
+// arriving returns the answer for somebody who waited for a flight that landed with a download.
+func (fl *flight) arriving(joined bool) answer {
+	a := answer{status: Miss, download: fl.download, modified: laterThan(fl.before, fl.download.modified)}
+	if joined || fl.shared {
+		a.status = Joined
+	}
+	return a
+}
+
+// laterThan returns the modification time of other bytes than those that a ref answered before: it never goes back under the same ref, because
+// rkt takes other bytes under the same URL only with a later one.
+func laterThan(before cache.Resolution, modified time.Time) time.Time {
+	if !before.Modified.IsZero() && !modified.After(before.Modified) {
+		return before.Modified.Add(time.Second)
+	}
+	return modified
 }
 
 // wait returns when the flight has landed, with its error, or when ctx is done.
@@ -39,22 +61,38 @@ func (fl *flight) wait(ctx context.Context) error {
 	}
 }
 
+// over reports whether a flight has nothing left to give but what is held already, although it may not have been forgotten yet.
+func (fl *flight) over() bool {
+	select {
+	case <-fl.landed:
+	default:
+		return false
+	}
+	if fl.download == nil {
+		return true
+	}
+	select {
+	case <-fl.download.decided:
+		return true
+	default:
+		return false
+	}
+}
+
 // join returns the flight for a ref, started now if there was none.
 func (f *Fetcher) join(req Request, have acproxy.Digest) (fl *flight, joined bool) {
-	ref := req.Ref
+	ref, keyring := req.Ref, f.cfg.Keyring().ID()
 	f.mu.Lock()
-	if fl, ok := f.flights[ref]; ok {
+	if fl, ok := f.flights[ref]; ok && !fl.over() {
 		f.mu.Unlock()
 		return fl, true
 	}
-	fl = &flight{ref: ref, have: have, client: req.Client, landed: make(chan struct{})}
+	fl = &flight{ref: ref, have: have, client: req.Client, keyring: keyring, landed: make(chan struct{})}
 	f.flights[ref] = fl
 	f.mu.Unlock()
 	// Ends when the flight does; Close cancels it and waits for it.
 	if !f.start(func(ctx context.Context) { f.fly(ctx, fl) }) {
-		f.mu.Lock()
-		delete(f.flights, ref)
-		f.mu.Unlock()
+		f.forgetFlight(fl)
 		fl.err = errClosed
 		close(fl.landed)
 	}
@@ -69,8 +107,11 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	var err error
 	fl.download, err = f.locate(ctx, fl, &trace)
 	if err != nil {
+		if ctx.Err() != nil {
+			err = errClosed
+		}
 		fl.err = traced(err, trace)
-		f.landedBadly(ctx, fl)
+		f.landedBadly(ctx, fl, fl.err)
 	}
 	if fl.download == nil {
 		f.forgetFlight(fl)
@@ -79,32 +120,50 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	}
 	close(fl.landed)
 	<-fl.download.decided
+	f.catchUp(ctx, fl)
 	f.forgetFlight(fl)
+}
+
+// catchUp lets the image that a flight's download brought answer its ref too, if it joined the download when the refs to commit were counted
+// already.
+func (f *Fetcher) catchUp(ctx context.Context, fl *flight) {
+	rec, err := fl.download.outcome()
+	if err != nil {
+		return
+	}
+	if resolved, _, err := f.cfg.Store.Resolve(ctx, fl.ref); err == nil && resolved.Digest == rec.Digest {
+		return
+	}
+	if err := f.alsoAnswers(ctx, fl.ref, rec.Digest, fl.download.source); err != nil && ctx.Err() == nil {
+		f.landedBadly(ctx, fl, err)
+	}
 }
 
 func (f *Fetcher) forgetFlight(fl *flight) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.flights, fl.ref)
+	if f.flights[fl.ref] == fl {
+		delete(f.flights, fl.ref)
+	}
 }
 
 // landedBadly records what a failed flight means for what is held and for those who ask next.
-func (f *Fetcher) landedBadly(ctx context.Context, fl *flight) {
+func (f *Fetcher) landedBadly(ctx context.Context, fl *flight, err error) {
 	switch {
 	case ctx.Err() != nil:
 		return
 	case !fl.have.IsZero():
 		f.pause(fl.ref)
-		if errors.Is(fl.err, acproxy.ErrNotFound) {
+		if errors.Is(err, acproxy.ErrNotFound) {
 			f.markGone(fl.ref)
 		}
-		f.log.Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", fl.err)
-	case errors.Is(fl.err, acproxy.ErrNotFound) && cacheableAbsence(fl.err):
-		f.rememberFailure(fl.ref, fl.err)
+		f.log.Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", err)
+	case errors.Is(err, acproxy.ErrNotFound) && cacheableAbsence(err):
+		f.rememberFailure(fl.keyring, fl.ref, err)
 	}
-	if errors.Is(fl.err, acproxy.ErrRefused) {
-		f.recordRefusal(fl.ref, fl.client, "", fl.err)
-		f.rememberFailure(fl.ref, fl.err)
+	if errors.Is(err, acproxy.ErrRefused) || contentRefused(err) {
+		f.recordRefusal(fl.ref, fl.client, "", err)
+		f.rememberFailure(fl.keyring, fl.ref, err)
 	}
 }
 
@@ -127,9 +186,11 @@ func cacheableAbsence(err error) bool {
 // locate finds out where the image is, asking the publisher's endpoints in order until one answers. It returns nil if the image is held under
 // another ref already, or is still the one that was held.
 func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) (*download, error) {
-	if fl.have.IsZero() {
+	before, rec, err := f.cfg.Store.Resolve(ctx, fl.ref)
+	if err == nil {
+		fl.before = before
 		// It may have been committed between the caller's look at the store and the flight's beginning.
-		if _, rec, err := f.cfg.Store.Resolve(ctx, fl.ref); err == nil && f.acceptable(rec) == nil {
+		if fl.have.IsZero() && f.acceptable(rec) == nil {
 			return nil, nil
 		}
 	}
@@ -143,8 +204,7 @@ func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) 
 		switch {
 		case err == nil:
 			return d, nil
-		case errors.Is(err, acproxy.ErrRefused) && !isUnsigned(err) || errors.Is(err, acproxy.ErrNoSpace) || ctx.Err() != nil:
-			// Another endpoint could only hide what this one showed.
+		case conclusive(err) || ctx.Err() != nil:
 			return nil, err
 		case first == nil || errors.Is(first, acproxy.ErrNotFound):
 			// Of several endpoints, one that could not answer says more than one that hasn't got the image.
@@ -160,7 +220,12 @@ func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) 
 	return nil, first
 }
 
-func isUnsigned(err error) bool { return acproxy.Code(err) == trust.Unsigned.String() }
+// conclusive reports whether the other endpoints aren't asked after an error: they could only hide what this one showed, or there is no room for
+// what they have. An endpoint that has no signature, or that the dial rules forbid, has shown nothing.
+func conclusive(err error) bool {
+	var refusal *trust.Refusal
+	return errors.As(err, &refusal) && refusal.Outcome != trust.Unsigned || acproxy.Code(err) == codeTooLarge || errors.Is(err, acproxy.ErrNoSpace)
+}
 
 // locateAt asks one endpoint for the signature and, if that is acceptable and new, for the image.
 func (f *Fetcher) locateAt(ctx context.Context, fl *flight, template discovery.Template, trace *acproxy.Trace) (*download, error) {
@@ -172,7 +237,8 @@ func (f *Fetcher) locateAt(ctx context.Context, fl *flight, template discovery.T
 		}
 	}
 	*trace = append(*trace, acproxy.Attempt{What: "image", URL: template.URL, Note: "template not usable", Err: err.Error()})
-	return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-template", Err: err}
+	// Not as its cause: who asked said nothing wrong, and the error would be of two kinds.
+	return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-template", Detail: err.Error()}
 }
 
 func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signatureURL string, trace *acproxy.Trace) (*download, error) {
@@ -192,24 +258,29 @@ func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signature
 	if digest, ok := f.heldBySignature(signature); ok {
 		return nil, f.alsoAnswers(ctx, fl.ref, digest, imageURL)
 	}
-	d, mine, err := f.claim(fl, policy, imageURL, signatureURL, signature, later)
-	if err != nil {
-		return nil, err
+	for {
+		d, mine, err := f.claim(fl, policy, imageURL, signatureURL, signature, later)
+		if err != nil {
+			return nil, err
+		}
+		if mine {
+			f.begin(fl, d, trace)
+		}
+		switch err := d.wait(ctx); {
+		case err == nil:
+			fl.shared = !mine
+			return d, nil
+		case errors.Is(err, errHeld):
+			return nil, f.alsoAnswers(ctx, fl.ref, d.held, imageURL)
+		case mine || d.source == imageURL || ctx.Err() != nil:
+			return nil, err
+		}
+		// Another ref's URL didn't have the image. This one's may.
 	}
-	if mine {
-		f.begin(ctx, fl, d, trace)
-	}
-	switch err := d.wait(ctx); {
-	case errors.Is(err, errHeld):
-		return nil, f.alsoAnswers(ctx, fl.ref, d.held, imageURL)
-	case err != nil:
-		return nil, err
-	}
-	return d, nil
 }
 
 // begin sets a download going, or ends it with the reason why not.
-func (f *Fetcher) begin(ctx context.Context, fl *flight, d *download, trace *acproxy.Trace) {
+func (f *Fetcher) begin(fl *flight, d *download, trace *acproxy.Trace) {
 	// Another download of the same image may have ended between the look at the store and the claim.
 	if digest, ok := f.heldBySignature(d.signature); ok {
 		d.held = digest
@@ -237,13 +308,20 @@ func (f *Fetcher) unsigned(ctx context.Context, name, imageURL string, policy Po
 	if err != nil || status != http.StatusOK {
 		return absent
 	}
-	_, err = f.judge(name, nil, nil, policy)
+	_, err = f.judge(f.cfg.Keyring(), name, nil, nil, policy)
 	return err
 }
+
+// signatureTimeout bounds the receiving of a signature as a whole. The client's own timeouts don't: it may come a byte at a time.
+const signatureTimeout = 2 * time.Minute
 
 // getSignature returns the signature at a URL. A publisher that answers 404 has none: that is nil where policy accepts it, and an error
 // otherwise. later says that the publisher answered 202: it wants to be asked again after the image.
 func (f *Fetcher) getSignature(ctx context.Context, name, url string, policy Policy, trace *acproxy.Trace) (signature []byte, later bool, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, signatureTimeout, &acproxy.Error{
+		Kind: acproxy.ErrTimeout, Code: "publisher-timeout", Detail: fmt.Sprintf("the signature at %s did not arrive within %v", url, signatureTimeout),
+	})
+	defer cancel()
 	resp, attempts, err := f.cfg.Web.Get(ctx, name, "signature", url, nil)
 	*trace = append(*trace, attempts...)
 	if err != nil {
@@ -309,8 +387,11 @@ func (f *Fetcher) resolution(ctx context.Context, ref acproxy.Ref, rec cache.Rec
 		switch {
 		case before.Digest == r.Digest:
 			r.Modified = before.Modified
-		case !r.Modified.After(before.Modified):
-			r.Modified = before.Modified.Add(time.Second)
+			if before.Source == source {
+				r.Validators = before.Validators
+			}
+		default:
+			r.Modified = laterThan(before, r.Modified)
 		}
 	}
 	return r
@@ -334,12 +415,12 @@ func (f *Fetcher) markGone(ref acproxy.Ref) {
 // validators are all there is to compare.
 func (f *Fetcher) open200(fl *flight, d *download, trace *acproxy.Trace) error {
 	header := make(http.Header)
-	if rec, err := f.cfg.Store.Record(fl.have); err == nil && d.signature == nil && !d.later {
-		if rec.ETag != "" {
-			header.Set("If-None-Match", rec.ETag)
-		}
-		if !rec.Modified.IsZero() {
-			header.Set("If-Modified-Since", rec.Modified.UTC().Format(http.TimeFormat))
+	// What another URL said of the image, or what was made of it for the nodes, means nothing here.
+	if said := fl.before; !fl.have.IsZero() && said.Digest == fl.have && said.Source == d.source && d.signature == nil && !d.later {
+		for field, of := range map[string]string{"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"} {
+			if v := said.Validators[of]; v != "" {
+				header.Set(field, v)
+			}
 		}
 	}
 	// The body outlives this call: the download's own context ends it.
@@ -379,9 +460,11 @@ func (f *Fetcher) checkImageHeader(url string, resp *http.Response) error {
 	return nil
 }
 
+const codeTooLarge = "image-too-large"
+
 func tooLarge(url string, limit int64) error {
 	return &acproxy.Error{
-		Kind: acproxy.ErrRefused, Code: "image-too-large",
+		Kind: acproxy.ErrRefused, Code: codeTooLarge,
 		Detail: fmt.Sprintf("%s is larger than %d bytes, the limit that fetch.max_image_size sets", url, limit),
 	}
 }

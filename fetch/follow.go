@@ -51,8 +51,9 @@ func etag(signed bool, signature, digest acproxy.Digest) string {
 // follow returns an arriving image. Where nothing may be delivered before the verdict, it waits for that.
 func (f *Fetcher) follow(ctx context.Context, a answer, ref acproxy.Ref) (*Image, error) {
 	d := a.download
-	im := &Image{Status: a.status, Size: d.size, Modified: d.modified, f: f, ref: ref, download: d}
-	if d.signature == nil || d.isLater() || d.policy.Delivery == VerifyFirst {
+	im := &Image{Status: a.status, Size: d.size, Modified: a.modified, f: f, ref: ref, download: d}
+	// Asked for first: until it is false, the signature may be set at any moment.
+	if d.isLater() || d.signature == nil || d.policy.Delivery == VerifyFirst {
 		if err := im.Decided(ctx); err != nil {
 			return nil, err
 		}
@@ -93,9 +94,7 @@ func (im *Image) Decided(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 	d := im.download
-	d.mu.Lock()
-	rec, err := d.committed, d.err
-	d.mu.Unlock()
+	rec, err := d.outcome()
 	if err == nil {
 		err = im.ref.Matches(rec.Name, rec.Labels)
 	}
@@ -107,7 +106,7 @@ func (im *Image) Decided(ctx context.Context) error {
 			return err
 		}
 	}
-	im.Record, im.Size, im.Modified, im.ETag = &rec, rec.Size, d.modified, etag(rec.Signed, rec.SignatureDigest, rec.Digest)
+	im.Record, im.Size, im.ETag = &rec, rec.Size, etag(rec.Signed, rec.SignatureDigest, rec.Digest)
 	return nil
 }
 
@@ -222,6 +221,10 @@ func (r *follower) Read(p []byte) (int, error) {
 		r.idle = false
 	}
 	for {
+		// Reading what is there already may take long, too, and nobody may want it any more.
+		if r.d.ctx.Err() != nil {
+			return 0, context.Cause(r.d.ctx)
+		}
 		r.d.mu.Lock()
 		written, complete, changed := r.d.written, r.d.complete, r.d.changed
 		r.d.mu.Unlock()
@@ -230,6 +233,10 @@ func (r *follower) Read(p []byte) (int, error) {
 			r.offset += int64(n)
 			if n > 0 {
 				return n, nil
+			}
+			if err == io.EOF {
+				// That is this machine's fault and must not look like the end of what the publisher sent.
+				err = fmt.Errorf("%s has lost bytes that were written to it, it ends after %d", r.file.Name(), r.offset)
 			}
 			return 0, err
 		}

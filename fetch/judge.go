@@ -2,6 +2,7 @@ package fetch
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"strings"
@@ -13,9 +14,9 @@ import (
 	"github.com/acproxy/acproxy/trust"
 )
 
-// judge asks the keys as they are now whether a signature makes an image acceptable. Without hashes it answers for the case that the bytes match.
-func (f *Fetcher) judge(name string, signature []byte, hashed trust.Hashed, policy Policy) (trust.Acceptance, error) {
-	return f.cfg.Keyring().Judge(trust.Question{Name: name, Signature: signature, Hashed: hashed, Policy: policy.Trust, Now: f.now()})
+// judge asks a keyring whether a signature makes an image acceptable at this time. Without hashes it answers for the case that the bytes match.
+func (f *Fetcher) judge(keyring *trust.Keyring, name string, signature []byte, hashed trust.Hashed, policy Policy) (trust.Acceptance, error) {
+	return keyring.Judge(trust.Question{Name: name, Signature: signature, Hashed: hashed, Policy: policy.Trust, Now: f.now()})
 }
 
 // judged is a verdict on a held image, and what it holds for.
@@ -59,24 +60,44 @@ func (v *verdicts) put(keyring string, digest acproxy.Digest, j judged) {
 // aren't read for it: the hash states kept in the record are enough.
 func (f *Fetcher) acceptable(rec cache.Record) error {
 	if rec.Quarantined() {
-		return &acproxy.Error{
-			Kind: acproxy.ErrRefused, Code: codeQuarantined,
-			Detail: fmt.Sprintf("the image of %s with digest %v is quarantined: %s", rec.Name, rec.Digest, rec.Reason),
-		}
+		return quarantined(rec)
 	}
-	keyring, now := f.cfg.Keyring().ID(), f.now()
-	if v, ok := f.verdicts.get(keyring, rec, now); ok {
+	// One keyring for all of it: a verdict must not be remembered under another one's ID.
+	keyring, now := f.cfg.Keyring(), f.now()
+	if v, ok := f.verdicts.get(keyring.ID(), rec, now); ok {
 		return v.err
 	}
-	until, err := f.rejudge(rec)
+	until, err := f.rejudge(keyring, rec)
+	if err != nil && !errors.Is(err, acproxy.ErrRefused) {
+		// That it could not be decided is no verdict.
+		return err
+	}
 	if latest := now.Add(judgedFor); until.IsZero() || until.After(latest) {
 		until = latest
 	}
-	f.verdicts.put(keyring, rec.Digest, judged{signature: rec.SignatureDigest, until: until, err: err})
+	f.verdicts.put(keyring.ID(), rec.Digest, judged{signature: rec.SignatureDigest, until: until, err: err})
 	return err
 }
 
 const codeQuarantined = "quarantined"
+
+// quarantined returns why a quarantined image isn't served. One whose bytes are lost counts as not there.
+func quarantined(rec cache.Record) error {
+	if lost(rec) {
+		return &acproxy.Error{
+			Kind: acproxy.ErrNotFound, Code: "blob-gone",
+			Detail: fmt.Sprintf("the image of %s with digest %v was held, but %s", rec.Name, rec.Digest, rec.Reason),
+		}
+	}
+	return &acproxy.Error{
+		Kind: acproxy.ErrRefused, Code: codeQuarantined,
+		Detail: fmt.Sprintf("the image of %s with digest %v is quarantined: %s", rec.Name, rec.Digest, rec.Reason),
+	}
+}
+
+func lost(rec cache.Record) bool {
+	return rec.Quarantined() && (rec.Code == cache.CodeMissing || rec.Code == cache.CodeDamaged)
+}
 
 // distrusted reports whether a held image is not served because of what the keys and the policy say now: that may change, and the publisher may
 // have signed it anew since.
@@ -97,19 +118,29 @@ func (f *Fetcher) Judged(rec cache.Record) cache.Record {
 }
 
 // rejudge decides about a held image again and returns until when the decision holds, as far as it depends on time.
-func (f *Fetcher) rejudge(rec cache.Record) (until time.Time, err error) {
+func (f *Fetcher) rejudge(keyring *trust.Keyring, rec cache.Record) (until time.Time, err error) {
 	var signature []byte
-	hashed := trust.Hashed(rec.Hashed)
 	if rec.Signed {
 		if signature, err = f.cfg.Store.Signature(rec.Digest); err != nil {
 			return until, fmt.Errorf("reading the signature of %s: %w", rec.Name, err)
 		}
+		if sha256.Sum256(signature) != rec.SignatureDigest {
+			// It was signed anew since the record was read, maybe by another hash.
+			if rec, err = f.cfg.Store.Record(rec.Digest); err != nil {
+				return until, err
+			}
+		}
+	}
+	hashed := trust.Hashed(rec.Hashed)
+	if rec.Signed {
 		if hashed == nil {
 			// Without the hashes Judge would answer for bytes that it can't know to match.
 			return until, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "not-verified", Detail: "the record of " + rec.Name + " doesn't say what its signature was checked against"}
 		}
 	}
-	acceptance, err := f.judge(rec.Name, signature, hashed, f.policy(rec.Name))
+	acceptance, err := keyring.Judge(trust.Question{
+		Name: rec.Name, Signature: signature, Hashed: hashed, Policy: f.policy(rec.Name).Trust, Now: f.now(), NoRktWarning: true,
+	})
 	return acceptance.Until, err
 }
 

@@ -19,6 +19,9 @@ type Question struct {
 	Hashed    Hashed // what a [Hasher] made of the image's bytes; nil if they are not known yet
 	Policy    Policy
 	Now       time.Time
+
+	// NoRktWarning leaves out the acceptance's RktWarning, which costs as much as the decision.
+	NoRktWarning bool
 }
 
 // Judge decides whether a signature makes an image acceptable. It depends on nothing but the keyring and the question, touches neither disk
@@ -67,7 +70,9 @@ func (k *Keyring) Judge(q Question) (Acceptance, error) {
 	}
 	switch got := len(answer.Signers); {
 	case got >= q.Policy.threshold():
-		answer.RktWarning = rktWarning(k.Keys(q.Name), q.Signature, q.Hashed)
+		if !q.NoRktWarning {
+			answer.RktWarning = rktWarning(k.Keys(q.Name), q.Signature, q.Hashed)
+		}
 		return answer, nil
 	case missing != nil:
 		return Acceptance{}, fmt.Errorf("%s: %w", q.Name, missing)

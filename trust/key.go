@@ -71,14 +71,27 @@ type Key struct {
 	UserIDs     []string // made printable; the primary one first. They are the key's own claims
 	Algorithm   string   // of the primary key, as in "RSA 4096" or "Ed25519"
 	Created     time.Time
-	Expires     time.Time // the zero time means never
+	Changed     time.Time // when its owner last signed something about it: a new subkey, another end, a revocation
+	Expires     time.Time // the primary key's end; the zero time means never
+	SignsUntil  time.Time // the end of the last of the keys that may sign, primary or subkey; the zero time means never
 	Revoked     bool
+	Subkeys     []Subkey // those that its owner vouches for
 
 	Prefix string // the image-name prefix that the key is trusted for, "" for every name
 	File   string // where it lies
 	Origin Origin
 
 	cert *certificate
+}
+
+// A Subkey is a key that a primary key has bound to itself, with a signature back by the subkey if it may sign.
+type Subkey struct {
+	KeyID     string // 16 upper-case hex digits
+	Algorithm string
+	Created   time.Time
+	Expires   time.Time // the zero time means never; a subkey also ends with its primary key
+	Revoked   bool
+	Signs     bool // it may sign
 }
 
 // Armored returns the key alone, in ASCII armor with a checksum, as rkt nodes can be given it.
@@ -107,6 +120,7 @@ type certificate struct {
 	subkeys     []publicKey
 	userIDs     []string
 	revoked     bool
+	changed     time.Time // the newest self-signature's
 	rkt         rktKey
 }
 
@@ -155,14 +169,26 @@ func (c *certificate) key() Key {
 		UserIDs:     c.userIDs,
 		Algorithm:   algorithm(c.primary.packet),
 		Created:     c.primary.created,
+		Changed:     c.changed,
 		Expires:     c.primary.expires(farFuture),
 		Revoked:     c.revoked,
 		cert:        c,
 	}
-	for _, pub := range c.all() {
-		if said, ok := pub.latest(farFuture); ok && !pub.revoked && (said.sign || !said.flagged && pub == &c.primary) {
-			k.SigningIDs = append(k.SigningIDs, keyID(pub.id))
+	for i, pub := range c.all() {
+		said, ok := pub.latest(farFuture)
+		end, signs := sooner(k.Expires, pub.expires(farFuture)), ok && (said.sign || !said.flagged && i == 0)
+		if ok && i > 0 {
+			k.Subkeys = append(k.Subkeys, Subkey{
+				KeyID: keyID(pub.id), Algorithm: algorithm(pub.packet), Created: pub.created, Expires: pub.expires(farFuture), Revoked: pub.revoked, Signs: signs,
+			})
 		}
+		if !signs || pub.revoked {
+			continue
+		}
+		if len(k.SigningIDs) == 0 || endOrder(k.SignsUntil, end) < 0 {
+			k.SignsUntil = end
+		}
+		k.SigningIDs = append(k.SigningIDs, keyID(pub.id))
 	}
 	return k
 }
@@ -327,7 +353,7 @@ func readCertificate(raw []byte) (*certificate, error) {
 	}
 	for _, r := range e.Revocations {
 		if e.PrimaryKey.VerifyRevocationSignature(r.Packet) == nil {
-			c.revoked = true
+			c.revoked, c.changed = true, later(c.changed, r.Packet.CreationTime)
 		}
 	}
 	c.readDirect(e)
@@ -336,6 +362,11 @@ func readCertificate(raw []byte) (*certificate, error) {
 	}
 	for i := range e.Subkeys {
 		c.readSubkey(&e.Subkeys[i])
+	}
+	for _, pub := range c.all() {
+		for _, said := range append(pub.claims[:len(pub.claims):len(pub.claims)], pub.direct...) {
+			c.changed = later(c.changed, said.made)
+		}
 	}
 	c.rkt = readRktKey(armored(openpgp.PublicKeyType, raw), c.fingerprint)
 	return c, nil
@@ -392,6 +423,7 @@ func (c *certificate) readUserIDs(e *openpgp.Entity) error {
 		for _, r := range identity.Revocations {
 			if r.Packet.CreationTime.After(revoked) && pub.VerifyUserIdSignature(name, pub, r.Packet) == nil {
 				revoked = r.Packet.CreationTime
+				c.changed = later(c.changed, revoked)
 			}
 		}
 		for _, s := range identity.SelfCertifications {
@@ -432,7 +464,7 @@ func (c *certificate) readSubkey(s *openpgp.Subkey) {
 	}
 	for _, r := range s.Revocations {
 		if c.primary.packet.VerifySubkeyRevocationSignature(r.Packet, s.PublicKey) == nil {
-			sub.revoked = true
+			sub.revoked, c.changed = true, later(c.changed, r.Packet.CreationTime)
 		}
 	}
 	for _, b := range s.Bindings {

@@ -21,7 +21,8 @@ import (
 // shorter prefixes before longer ones. So an empty local file switches off the system's file of the same place and name, and one under a
 // prefix switches off a root key for that prefix. A later file of the same name replaces an earlier one.
 //
-// This is how rkt reads its keys, with two differences: prefixes match by whole segments of the image name, and all keys of a file count.
+// This is how rkt reads its keys, with three differences: prefixes match by whole segments of the image name; all keys of a file count; and
+// within one of the two directories a longer prefix always comes after a shorter one, where rkt goes by the order of names on disk.
 type Dirs struct {
 	// System is the directory that comes with the system and that acproxy only reads, as /usr/lib/rkt/trustedkeys. "" is none.
 	System string
@@ -62,6 +63,7 @@ type keyFile struct {
 	path   string
 	sum    [sha256.Size]byte
 	certs  []*certificate // none if the file masks
+	broken bool           // it masks because it can't be read
 	closed bool           // a directory that can't be read: it masks everything
 }
 

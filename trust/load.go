@@ -254,7 +254,7 @@ func (w *walk) file(rel string, at place) {
 		}
 	}
 	f := known.file
-	f.place, f.path, f.name = at, full, strings.ToLower(name)
+	f.place, f.path, f.name, f.broken = at, full, strings.ToLower(name), known.problem != ""
 	w.files = append(w.files, &f)
 }
 

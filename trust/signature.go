@@ -155,7 +155,10 @@ type block struct {
 	body []byte
 }
 
-const armorBegin = "-----BEGIN "
+const (
+	armorBegin = "-----BEGIN "
+	armorEnd   = "-----END "
+)
 
 // dearmor returns what is in a file, which may be binary, or armored in one or several blocks.
 func dearmor(data []byte) ([]block, error) {
@@ -168,6 +171,9 @@ func dearmor(data []byte) ([]block, error) {
 	}
 	var blocks []block
 	for _, text := range splitArmor(data) {
+		if tooLongALine(text) {
+			return nil, fmt.Errorf("a line of the ASCII armor is longer than the %d bytes allowed", maxArmorLine)
+		}
 		b, err := armor.Decode(bytes.NewReader(text))
 		if err == io.EOF {
 			continue
@@ -192,6 +198,23 @@ func dearmor(data []byte) ([]block, error) {
 		return nil, errors.New("it is neither OpenPGP nor ASCII armor")
 	}
 	return blocks, nil
+}
+
+// maxArmorLine is how many bytes a line of armor may have. Nobody writes more than 76, except in a comment; the decoder takes time with the
+// square of a header line's length, for a megabyte seconds.
+const maxArmorLine = 16 << 10
+
+// tooLongALine reports whether a piece of armor has a line that no decoder should be given.
+func tooLongALine(text []byte) bool {
+	for line := range bytes.Lines(text) {
+		if bytes.HasPrefix(line, []byte(armorEnd)) {
+			return false
+		}
+		if len(line) > maxArmorLine {
+			return true
+		}
+	}
+	return false
 }
 
 // splitArmor cuts a text before every line that begins armor. What stands before the first is left out.
@@ -332,7 +355,7 @@ func (h Hashed) resume(f crypto.Hash) (hash.Hash, error) {
 		return nil, fmt.Errorf("%w: %v can't be resumed", ErrNotHashed, f)
 	}
 	if err := u.UnmarshalBinary(state); err != nil {
-		return nil, fmt.Errorf("%w: the stored state of %v is damaged: %v", ErrNotHashed, f, err)
+		return nil, fmt.Errorf("%w: the stored state of %v is damaged: %w", ErrNotHashed, f, err)
 	}
 	return running, nil
 }

@@ -113,7 +113,7 @@ func (s *Store) run(told *Keyring) {
 			if settle == nil {
 				settle = time.After(burst)
 			}
-		case <-errs:
+		case <-errs: //nolint:errcheck // what it says doesn't matter
 			// Events were lost; the next look finds what they would have told.
 		case <-settle:
 			settle = nil

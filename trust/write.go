@@ -2,6 +2,7 @@ package trust
 
 import (
 	"bytes"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -34,7 +35,7 @@ func Add(dirs Dirs, prefix string, key []byte) ([]Key, error) {
 		if err := mkdirAll(filepath.Dir(name)); err != nil {
 			return nil, fmt.Errorf("adding key %s: %w", keys[i].Fingerprint, err)
 		}
-		if err := durable.WriteFile(nil, name, content, 0o644); err != nil {
+		if err := put(dirs, name, content); err != nil {
 			return nil, fmt.Errorf("adding key %s: %w", keys[i].Fingerprint, err)
 		}
 		keys[i].Prefix, keys[i].File, keys[i].Origin = prefix, name, Local
@@ -84,7 +85,7 @@ func Mask(dirs Dirs, prefix string, fpr Fingerprint) error {
 	if err := mkdirAll(filepath.Dir(name)); err != nil {
 		return fmt.Errorf("masking key %s: %w", fpr, err)
 	}
-	if err := durable.WriteFile(nil, name, nil, 0o644); err != nil {
+	if err := put(dirs, name, nil); err != nil {
 		return fmt.Errorf("masking key %s: %w", fpr, err)
 	}
 	return nil
@@ -186,6 +187,12 @@ func prefixFlag(prefix string) string {
 		return "--root "
 	}
 	return "--prefix " + prefix + " "
+}
+
+// put replaces a file. Its temporary file stands in the directory itself, where neither rkt nor the loader looks for keys: a node that
+// shares the directory would refuse every image for as long as half a key lay beside the others.
+func put(dirs Dirs, name string, content []byte) error {
+	return durable.Replace(nil, filepath.Join(dirs.Local, durable.TempPrefix+rand.Text()), name, content, 0o644)
 }
 
 func remove(name string) error {

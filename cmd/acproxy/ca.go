@@ -50,7 +50,12 @@ configuration. A host covers its subdomains.`,
 			if err != nil {
 				return err
 			}
-			return showCA(cmd, made, cfg.CA.Dir)
+			if err := showCA(cmd, made, cfg.CA.Dir); err != nil {
+				return err
+			}
+			p := newPrinter(cmd.OutOrStdout())
+			p.printf("\nA server that is running uses it after a restart.\n")
+			return p.err
 		},
 	}
 	cmd.Flags().StringSliceVar(&hosts, "host", nil, "image host that the authority may vouch for; may be given several times")

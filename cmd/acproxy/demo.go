@@ -273,9 +273,9 @@ func flipByte(file string) error {
 
 // fetch has the node fetch an image by name and prints both requests.
 func (d *demo) fetch(ctx context.Context, name, cacheStatus string) error {
-	endpoints, err := d.discover(name, "")
-	if err != nil || len(endpoints) == 0 {
-		return err
+	endpoints := d.discover(name, "")
+	if len(endpoints) == 0 {
+		return ctx.Err()
 	}
 	signature := d.node.Get(ctx, endpoints[0].Signature, nil, nil)
 	d.line(signature, expect{status: 200, cache: cacheStatus})
@@ -299,7 +299,7 @@ func (d *demo) fetch(ctx context.Context, name, cacheStatus string) error {
 }
 
 // discover runs the reference discovery client and prints what it found.
-func (d *demo) discover(name, note string) ([]node.Endpoint, error) {
+func (d *demo) discover(name, note string) []node.Endpoint {
 	started := time.Now()
 	endpoints, err := d.node.Discover(demoHost+"/"+name, demoLabels)
 	took := time.Since(started)
@@ -311,7 +311,7 @@ func (d *demo) discover(name, note string) ([]node.Endpoint, error) {
 	if err != nil {
 		d.fail("discovery of %s: %v", name, err)
 	}
-	return endpoints, nil
+	return endpoints
 }
 
 func (d *demo) first(ctx context.Context) error {
@@ -344,9 +344,9 @@ func (d *demo) dependencies(ctx context.Context) error {
 
 func (d *demo) herd(ctx context.Context) error {
 	d.title(fmt.Sprintf("%d nodes ask at once for a cold image of %s", herdSize, bytesText(demoBig)))
-	endpoints, err := d.discover("herd", "")
-	if err != nil || len(endpoints) == 0 {
-		return err
+	endpoints := d.discover("herd", "")
+	if len(endpoints) == 0 {
+		return ctx.Err()
 	}
 	answers := make([]node.Answer, herdSize)
 	started := time.Now()
@@ -410,9 +410,9 @@ func (d *demo) refusals(ctx context.Context) error {
 		{"stranger", "signed by a key that nobody here trusts", 403, "unknown-key"},
 		{"unsigned", "not signed at all", 403, "unsigned"},
 	} {
-		endpoints, err := d.discover(c.name, c.what)
-		if err != nil || len(endpoints) == 0 {
-			return err
+		endpoints := d.discover(c.name, c.what)
+		if len(endpoints) == 0 {
+			return ctx.Err()
 		}
 		signature := d.node.Get(ctx, endpoints[0].Signature, nil, nil)
 		if c.name != "tampered" {

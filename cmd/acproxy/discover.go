@@ -34,12 +34,11 @@ func newDiscover(o *options) *cobra.Command {
 			}
 			defer client.Close()
 			finder := newFinder(cfg, client)
-			defer finder.Close()
 			found, err := discoverAll(cmd.Context(), finder, ref)
 			if asJSON {
-				return errors.Join(printJSON(cmd.OutOrStdout(), found), silent(err))
+				return errors.Join(printJSON(cmd.OutOrStdout(), found), silent(err), finder.Close())
 			}
-			return errors.Join(found.print(cmd.OutOrStdout()), err)
+			return errors.Join(found.print(cmd.OutOrStdout()), err, finder.Close())
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")

@@ -74,14 +74,15 @@ func listImages(w io.Writer, store admin.Store, filter cache.Filter, asJSON bool
 	enc := json.NewEncoder(w)
 	heading := []string{"IMAGE", "IMAGE ID", "SIZE", "SIGNED BY", "FETCHED", "LAST USED", "STATE"}
 	var t *table
-	var count, bytes int64
+	var images int
+	var bytes int64
 	for after, more := "", true; more; more = after != "" {
-		images, next, err := store.Images(filter, after, listPage)
+		page, next, err := store.Images(filter, after, listPage)
 		if err != nil {
 			return err
 		}
-		for _, rec := range images {
-			count, bytes = count+1, bytes+rec.Size
+		for _, rec := range page {
+			images, bytes = images+1, bytes+rec.Size
 			if asJSON {
 				if err := enc.Encode(rec); err != nil {
 					return err
@@ -101,7 +102,7 @@ func listImages(w io.Writer, store admin.Store, filter cache.Filter, asJSON bool
 	if t != nil {
 		t.flush()
 	}
-	p.printf("%d images, %s\n", count, bytesText(bytes))
+	p.printf("%s, %s\n", count(images, "image"), bytesText(bytes))
 	return p.err
 }
 
@@ -164,7 +165,7 @@ func showImage(w io.Writer, rec cache.Record, manifest []byte) error {
 		p.printf("signed by     nobody\n")
 	}
 	if rec.RktWarning != "" {
-		p.printf("warning       rkt nodes will refuse it: %s\n", rec.RktWarning)
+		p.printf("warning       %s\n", rec.RktWarning)
 	}
 	p.printf("source        %s\npublished     %s\nfetched       %s\nverified      %s\nlast used     %s\n", rec.Source, timeText(rec.Modified), timeText(rec.Fetched), timeText(rec.Verified), timeText(rec.Used))
 	for _, d := range rec.Dependencies {
@@ -193,7 +194,7 @@ func newRefusals(o *options) *cobra.Command {
 				for _, r := range refusals {
 					p.printf("%s  %v  %s\n    %s\n", timeText(r.When), r.Ref, r.Code, r.Detail)
 				}
-				p.printf("%d refusals\n", len(refusals))
+				p.printf("%s\n", count(len(refusals), "refusal"))
 				return p.err
 			})
 		},

@@ -122,7 +122,9 @@ func (n *running) open(cfg *config.Config, log *slog.Logger) error {
 		}
 	}
 	var err error
-	n.admin, err = admin.Listen(cfg.Admin.Socket, n.parts.judged(), n.parts.metrics.Handler(), log)
+	n.admin, err = admin.Listen(cfg.Admin.Socket, admin.Options{
+		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() }, Log: log,
+	})
 	return err
 }
 
@@ -221,7 +223,7 @@ func (n *running) listen(l config.Listen, log *slog.Logger) error {
 	n.http = append(n.http, hs)
 	// Ends when stop shuts the server down.
 	go func() {
-		err := error(nil)
+		var err error
 		if hs.TLSConfig != nil {
 			err = hs.ServeTLS(listener, "", "")
 		} else {

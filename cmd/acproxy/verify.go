@@ -89,7 +89,7 @@ func verifyFile(w io.Writer, cfg *config.Config, imageFile, signatureFile string
 		p.printf("signed by  %s %s, %s, %s, trusted for %s\n", s.Fingerprint, s.UserID, s.Algorithm, s.Signed.UTC().Format(time.RFC3339), prefixText(s.Prefix))
 	}
 	if accepted.RktWarning != "" {
-		p.printf("warning    rkt nodes will refuse it: %s\n", accepted.RktWarning)
+		p.printf("warning    %s\n", accepted.RktWarning)
 	}
 	return p.err
 }

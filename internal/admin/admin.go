@@ -93,8 +93,17 @@ type Server struct {
 	serving sync.WaitGroup
 }
 
-// Listen serves a store's insides, and metrics, on a unix socket at path, replacing a socket that a killed server left. Close ends it.
-func Listen(path string, store Store, metrics http.Handler, log *slog.Logger) (*Server, error) {
+// Options is what a Server gives access to.
+type Options struct {
+	Store   Store
+	Metrics http.Handler
+	// ReloadKeys reads the trusted keys again, now.
+	ReloadKeys func()
+	Log        *slog.Logger
+}
+
+// Listen answers on a unix socket at path, replacing a socket that a killed server left. Close ends it.
+func Listen(path string, o Options) (*Server, error) {
 	if conn, err := net.Dial("unix", path); err == nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("another server answers on %s", path)
@@ -109,11 +118,11 @@ func Listen(path string, store Store, metrics http.Handler, log *slog.Logger) (*
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	s := &Server{http: &http.Server{Handler: handler(store, metrics), ReadHeaderTimeout: 5 * time.Second}}
+	s := &Server{http: &http.Server{Handler: handler(o), ReadHeaderTimeout: 5 * time.Second}}
 	// Ends when Close closes the server, which waits for it.
 	s.serving.Go(func() {
 		if err := s.http.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			log.Error("the admin socket doesn't answer any more", "socket", path, "err", err)
+			o.Log.Error("the admin socket doesn't answer any more", "socket", path, "err", err)
 		}
 	})
 	return s, nil
@@ -133,9 +142,14 @@ type page struct {
 	Next   string         `json:"next,omitempty"`
 }
 
-func handler(store Store, metrics http.Handler) http.Handler {
+func handler(o Options) http.Handler {
+	store := o.Store
 	router := mux.NewRouter()
-	router.Path("/metrics").Methods(http.MethodGet).Handler(metrics)
+	router.Path("/metrics").Methods(http.MethodGet).Handler(o.Metrics)
+	router.Path(api + "keys/reload").Methods(http.MethodPost).HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		o.ReloadKeys()
+		w.WriteHeader(http.StatusNoContent)
+	})
 	get := func(path string, answer func(r *http.Request) (any, error)) {
 		router.Path(api + path).Methods(http.MethodGet).HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			value, err := answer(r)
@@ -227,6 +241,19 @@ func (c *Client) get(path string, value any) error {
 		return &acproxy.Error{Kind: kind, Code: f.Code, Detail: f.Detail}
 	}
 	return json.NewDecoder(resp.Body).Decode(value)
+}
+
+// ReloadKeys has the server read the trusted keys again. When it returns, the server decides by them.
+func (c *Client) ReloadKeys() error {
+	resp, err := c.http.Post("http://acproxy"+api+"keys/reload", "", nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		return fmt.Errorf("the server answered %s", resp.Status)
+	}
+	return nil
 }
 
 // Images is [Store.Images] of the server.

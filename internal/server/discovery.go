@@ -170,7 +170,7 @@ once from its publisher, checks that a trusted key signed it, and keeps it. The 
 func (s *Server) publisherURL(w http.ResponseWriter, r *http.Request) error {
 	asked := *r.URL
 	asked.Scheme, asked.Host = requestScheme(r), requestHost(r)
-	refs, ext := s.cfg.Fetcher.RefsOf(&asked)
+	refs, ext := s.cfg.Fetcher.RefsOf(r.Context(), &asked)
 	if len(refs) == 0 {
 		return &acproxy.Error{
 			Kind: acproxy.ErrNotFound, Code: "no-template-gives-this-url",

@@ -205,6 +205,10 @@ func (s *Server) serveImage(w http.ResponseWriter, r *http.Request, im *fetch.Im
 			return err
 		}
 	}
+	if !strings.HasPrefix(r.Header.Get("Range"), "bytes=") {
+		// A unit that nobody knows is to be ignored (RFC 9110 §14.2); ServeContent would answer 416.
+		r.Header.Del("Range")
+	}
 	imageHeader(w, im)
 	w.Header().Set("Repr-Digest", reprDigest(im.Record.Digest))
 	if !im.Record.ImageID.IsZero() {
@@ -282,7 +286,7 @@ func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span 
 		offset += n
 	}
 	if err != nil {
-		note(r, 0, err)
+		note(r, err)
 		panic(http.ErrAbortHandler)
 	}
 }

@@ -13,18 +13,25 @@ import (
 
 // observed is what the access line says about a request besides what HTTP does. It belongs to the request's goroutine.
 type observed struct {
-	id   string
-	door string // "direct", "connect" or "absolute"
-	ref  string
-	err  error
+	id     string
+	ref    string
+	status int // of a connection that was taken over, which the recorder doesn't see
+	err    error
 }
 
 type observedKey struct{}
 
 // note records how a request failed for its access line.
-func note(r *http.Request, _ int, err error) {
+func note(r *http.Request, err error) {
 	if o, ok := r.Context().Value(observedKey{}).(*observed); ok {
 		o.err = err
+	}
+}
+
+// noteTakenOver records that a connection was taken over after a 200.
+func noteTakenOver(r *http.Request) {
+	if o, ok := r.Context().Value(observedKey{}).(*observed); ok {
+		o.status = http.StatusOK
 	}
 }
 
@@ -66,6 +73,9 @@ func requestID(r *http.Request) string {
 }
 
 func (s *Server) access(r *http.Request, rec *recorder, o *observed, took time.Duration) {
+	if o.status != 0 {
+		rec.status = o.status
+	}
 	attrs := []any{
 		"id", o.id, "client", client(r), "method", r.Method, "host", r.Host, "path", r.URL.RequestURI(), "proto", r.Proto,
 		"status", rec.status, "bytes", rec.bytes, "took", took, "cache", rec.Header().Get("Cache-Status"),

@@ -68,7 +68,7 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) error {
 			Detail: "this proxy has no local CA to answer for " + host + " with; acproxy ca init --host " + host + " makes one",
 		}
 	}
-	conn, err := takeOver(w)
+	conn, err := takeOver(w, r)
 	if err != nil {
 		return err
 	}
@@ -77,11 +77,12 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) error {
 }
 
 // takeOver answers a CONNECT request and returns the connection, with what the client sent already.
-func takeOver(w http.ResponseWriter) (net.Conn, error) {
+func takeOver(w http.ResponseWriter, r *http.Request) (net.Conn, error) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return nil, err
 	}
+	noteTakenOver(r)
 	// The server's deadlines were for the request.
 	err = conn.SetDeadline(time.Time{})
 	if err == nil {
@@ -116,7 +117,7 @@ func (s *Server) tunnel(w http.ResponseWriter, r *http.Request) error {
 	// Counted while the HTTP server still knows of the request: from the taking over on it doesn't.
 	s.tunnels.Add(1)
 	defer s.tunnels.Done()
-	down, err := takeOver(w)
+	down, err := takeOver(w, r)
 	if err != nil {
 		return err
 	}
@@ -184,7 +185,8 @@ func newInner(s *Server) *inner {
 		ReadHeaderTimeout: handshakeTimeout,
 		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          nil,
-		TLSConfig:         in.config,
+		// A copy of its own: Serve adds to it while connections are being made with the other.
+		TLSConfig: in.config.Clone(),
 	}
 	in.http.Handler = misdirected(s, in.http.Handler)
 	in.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {

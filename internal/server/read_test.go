@@ -70,12 +70,12 @@ func FuzzSimpleRefs(f *testing.F) {
 			t.Fatalf("%d refs", len(refs))
 		}
 		for _, ref := range refs {
-			version, operatingSystem, arch := ref.Version(), "", ""
+			version := ref.Version()
 			if version == "" {
 				version = "latest"
 			}
-			operatingSystem, _ = ref.Label("os")
-			arch, _ = ref.Label("arch")
+			operatingSystem, _ := ref.Label("os")
+			arch, _ := ref.Label("arch")
 			// Empty os and arch count as none; otherwise the URL is what the ref says.
 			if got := strings.Join([]string{ref.Name(), version, operatingSystem, arch}, "-"); got != path {
 				t.Fatalf("%q was read as %v, which is %q", path, ref, got)

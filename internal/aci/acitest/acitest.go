@@ -387,7 +387,10 @@ func Manifest(r io.Reader) (*schema.ImageManifest, error) {
 			return nil, err
 		}
 		m := schema.BlankImageManifest()
-		return m, m.UnmarshalJSON(data)
+		if err := m.UnmarshalJSON(data); err != nil {
+			return nil, err
+		}
+		return m, nil
 	}
 }
 

@@ -1,0 +1,61 @@
+# One command each. "make check" is what has to pass before anything is committed; .ci/run does the same on a machine that has nothing.
+
+GO       ?= go
+TOOL     := $(GO) tool -modfile=tools/go.mod
+FUZZTIME ?= 30s
+TIMEOUT  ?= 10m
+
+.DEFAULT_GOAL := help
+.PHONY: help fmt lint test race fuzz fuzz-list bench bench-compare run demo profile generate check
+
+help: ## show what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
+
+fmt: ## format the Go files
+	gofmt -w $$(git ls-files --cached --others --exclude-standard '*.go')
+
+lint: ## go vet and golangci-lint, as pinned in tools/go.mod
+	$(GO) vet ./...
+	$(TOOL) golangci-lint run ./...
+
+test: ## the tests, as on a machine that has only Go
+	$(GO) test -timeout $(TIMEOUT) ./...
+
+race: ## the tests under the race detector
+	$(GO) test -race -timeout $(TIMEOUT) ./...
+
+fuzz-list: ## name the fuzz targets, as package:target
+	@grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . | \
+	 sed -E 's#^\./([^/]*_test\.go):func (.*)#.:\2#; s#^(\./.*)/[^/]*_test\.go:func (.*)#\1:\2#' | sort
+
+fuzz: ## run each fuzz target for FUZZTIME (30s)
+	@set -e; for t in $$($(MAKE) -s fuzz-list); do \
+		echo "$$t"; $(GO) test -run '^$$' -fuzz "^$${t##*:}$$" -fuzztime $(FUZZTIME) "$${t%:*}"; \
+	done
+
+bench: ## the benchmarks, six times each: make bench > new.txt
+	@$(GO) test -run '^$$' -bench . -benchmem -count 6 ./...
+
+bench-compare: ## compare two runs of them: make bench-compare OLD=old.txt NEW=new.txt
+	$(TOOL) benchstat $(OLD) $(NEW)
+
+run: ## run the server with the defaults, keeping everything under ./dist/data
+	$(GO) run ./cmd/acproxy serve --data-dir dist/data
+
+demo: ## show the whole job, and stay up for trying things
+	$(GO) run ./cmd/acproxy demo
+
+profile: ## CPU and memory profile of the benchmarks of one package: PKG=./trust BENCH=Judge
+	@mkdir -p dist
+	$(GO) test -run '^$$' -bench '$(or $(BENCH),.)' -benchtime 3s -cpuprofile dist/cpu.prof -memprofile dist/mem.prof -o dist/profile.test $(or $(PKG),./trust)
+	$(GO) tool pprof -top -nodecount 25 dist/profile.test dist/cpu.prof
+
+generate: ## make again what is made from the source: config.example.yaml, docs/configuration.md, docs/commands.md
+	$(GO) generate ./...
+	$(GO) test -count 1 -run '^TestCommandReference$$' . -update
+
+check: ## everything that .ci/run checks, with what is installed
+	@test -z "$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go'))" || { echo "not formatted: make fmt"; gofmt -l .; exit 1; }
+	$(MAKE) lint race
+	$(GO) mod tidy -diff
+	$(GO) run ./cmd/acproxy demo --once
