@@ -6,7 +6,7 @@ FUZZTIME ?= 30s
 TIMEOUT  ?= 10m
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt lint test race fuzz fuzz-list bench bench-compare run demo profile generate check
+.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-compare run demo profile generate check
 
 help: ## show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
@@ -35,6 +35,9 @@ fuzz: ## run each fuzz target for FUZZTIME (30s)
 
 bench: ## the benchmarks, six times each: make bench > new.txt
 	@$(GO) test -run '^$$' -bench . -benchmem -count 6 ./...
+
+bench-verify: ## verification side by side with gpg and with a proxy that verifies nothing: ARGS="-rounds 5 verify cold"
+	@$(GO) run ./test/bench $(ARGS)
 
 bench-compare: ## compare two runs of them: make bench-compare OLD=old.txt NEW=new.txt
 	$(TOOL) benchstat $(OLD) $(NEW)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -19,6 +20,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -499,4 +501,15 @@ func check(all []command, args []string) error {
 		return errors.New("it names no command")
 	}
 	return nil
+}
+
+// TestAuditFieldsAreDocumented holds docs/trust.md against the decisions that are written.
+func TestAuditFieldsAreDocumented(t *testing.T) {
+	text := documents(t)["docs/trust.md"]
+	for field := range reflect.TypeFor[fetch.Decision]().Fields() {
+		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+		if !strings.Contains(text, "| `"+name+"` |") {
+			t.Errorf("docs/trust.md doesn't say what %s means in the audit", name)
+		}
+	}
 }

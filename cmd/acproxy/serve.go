@@ -170,7 +170,7 @@ func (n *running) serverConfig(cfg *config.Config, log *slog.Logger) server.Conf
 	out := server.Config{
 		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
 		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, AccessLog: cfg.Log.Access, Log: log,
-		ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
+		AllKeys: cfg.Trust.Publish == config.PublishAll, ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
 	}
 	if cfg.PublicURL != "" {
 		// It was checked when the configuration was read.

@@ -35,6 +35,12 @@ const (
 	ExpiredAcceptIfSignedBefore = "accept-if-signed-before"
 )
 
+// Values of [Trust.Publish].
+const (
+	PublishRktReadable = "rkt-readable"
+	PublishAll         = "all"
+)
+
 // Values of [Freshness.OnChange].
 const (
 	OnChangeRefuse = "refuse"
@@ -214,6 +220,10 @@ type Trust struct {
 
 	// How many different trusted keys must have signed an image.
 	Threshold int `yaml:"threshold"`
+
+	// Which trusted keys discovery pages offer to nodes: rkt-readable, or all, with those that rkt can't read last. One that it can't read
+	// stops rkt from reading the ones after it, and in a directory of its keys breaks every image under that prefix.
+	Publish string `yaml:"publish" oneof:"rkt-readable all"`
 }
 
 // Fetch is how images are brought here.
@@ -381,6 +391,7 @@ func Default() Config {
 			Signature: SignatureRequired,
 			Expired:   ExpiredRefuse,
 			Threshold: 1,
+			Publish:   PublishRktReadable,
 		},
 		Fetch: Fetch{
 			Delivery:         DeliveryCutThrough,

@@ -102,16 +102,17 @@ type keyTag struct {
 	Algorithm   string
 }
 
-// keyTags returns the tags of the keys that are trusted for a name, those that rkt can read: one it can't stops it from reading those after it. Key
+// keyTags returns the tags of the keys that are trusted for a name, those that rkt can read before, or without, the others: one it can't stops it from
+// reading those after it. Key
 // URLs stay with the host the client came by, because rkt reads keys over https only, whatever public_url says of the images.
 func (s *Server) keyTags(r *http.Request, name string) []keyTag {
 	base := requestScheme(r) + "://" + r.Host
 	if u := s.cfg.PublicURL; u != nil && u.Scheme == "https" {
 		base = s.publicBase(r)
 	}
-	var tags []keyTag
+	var tags, unreadable []keyTag
 	for _, key := range s.cfg.Keyring().Keys(name) {
-		if key.RktReadable() != nil || key.Revoked || !key.Expires.IsZero() && !s.now().Before(key.Expires) {
+		if key.Revoked || !key.Expires.IsZero() && !s.now().Before(key.Expires) {
 			continue
 		}
 		prefix := key.Prefix
@@ -119,11 +120,15 @@ func (s *Server) keyTags(r *http.Request, name string) []keyTag {
 			prefix = name
 		}
 		u := base + keysPath + string(key.Fingerprint) + ".asc"
-		tags = append(tags, keyTag{
-			Content: prefix + " " + u, URL: u, Fingerprint: string(key.Fingerprint), UserIDs: key.UserIDs, Algorithm: key.Algorithm,
-		})
+		t := keyTag{Content: prefix + " " + u, URL: u, Fingerprint: string(key.Fingerprint), UserIDs: key.UserIDs, Algorithm: key.Algorithm}
+		switch {
+		case key.RktReadable() == nil:
+			tags = append(tags, t)
+		case s.cfg.AllKeys:
+			unreadable = append(unreadable, t)
+		}
 	}
-	return tags
+	return append(tags, unreadable...)
 }
 
 type tag struct{ Name, Content string }

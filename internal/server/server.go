@@ -35,6 +35,8 @@ type Config struct {
 	// every time.
 	MaxAge time.Duration
 	TTL    time.Duration
+	// AllKeys lists keys on discovery pages that rkt can't read, too, after those that it can.
+	AllKeys bool
 	// Via is this server's own name in Via headers; a request that carries it has come round in a loop.
 	Via string
 

@@ -255,3 +255,21 @@ func TestFixedTemplates(t *testing.T) {
 		t.Errorf("the publisher was asked for discovery %d times, want never", n)
 	}
 }
+
+// TestKeysThatRktCannotReadComeLast shows trust.publish: all.
+func TestKeysThatRktCannotReadComeLast(t *testing.T) {
+	s := stage(t, "trust: {publish: all}")
+	unreadable := must(trusttest.NewKey(trusttest.Options{Algorithm: trusttest.EdDSA}))(t)
+	s.trust(unreadable, imageHost)
+	second := must(trusttest.NewKey(trusttest.Options{Name: "Second"}))(t)
+	s.trust(second, imageHost)
+	s.start()
+	im := s.publish(app("app"))
+	urls, err := s.node.Keys(im.name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(urls); n != 3 || !strings.HasSuffix(urls[n-1], unreadable.Fingerprint()+".asc") {
+		t.Errorf("the page lists %q, want three keys, the last of them %s", urls, unreadable.Fingerprint())
+	}
+}
