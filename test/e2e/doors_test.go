@@ -168,7 +168,7 @@ func TestDirectDoor(t *testing.T) {
 	wantImage(t, s.get(s.plain()+"/.acproxy/images/"+im.name+".aci?os=linux&arch=amd64"), im)
 	wantImage(t, s.get(s.plain()+"/.acproxy/images/"+im.name+".aci?version=latest&os=linux&arch=amd64"), im)
 	// The publisher's only template has a variable for os.
-	wantProblem(t, s.get(s.plain()+"/.acproxy/images/"+im.name+".aci?version=1.0.0"), http.StatusBadRequest, "no-template")
+	wantProblem(t, s.get(s.plain()+"/.acproxy/images/"+im.name+".aci?version=1.0.0"), http.StatusNotFound, "no-template")
 
 	noarch := app("noarch")
 	noarch.Labels = map[string]string{"version": "1.0.0"}
@@ -224,7 +224,7 @@ func TestDirectDoorWithHostileLabels(t *testing.T) {
 	for _, query := range []string{"version=..%2F..%2Fetc%2Fpasswd", "version=../../etc/passwd", "version=..", "version=a%2F..%2Fb"} {
 		t.Run("a path that climbs: "+query, func(t *testing.T) {
 			before := s.publisher.Count("storage.*")
-			wantProblem(t, s.get(s.plain()+"/.acproxy/images/example.com/hostile.aci?"+query+"&os=linux&arch=amd64"), http.StatusBadRequest, "no-template")
+			wantProblem(t, s.get(s.plain()+"/.acproxy/images/example.com/hostile.aci?"+query+"&os=linux&arch=amd64"), http.StatusNotFound, "no-template")
 			if n := s.publisher.Count("storage.*"); n != before {
 				t.Errorf("the publisher was asked %d times, want never", n-before)
 			}
