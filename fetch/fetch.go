@@ -458,6 +458,7 @@ func (f *Fetcher) fallback(ref acproxy.Ref, cause error) (answer, error) {
 		return answer{}, cause
 	}
 	rec := fits[0]
+	f.cfg.Store.Touch(rec.Digest)
 	return answer{status: Stale, record: rec, resolved: cache.Resolution{Ref: ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}}, nil
 }
 

@@ -370,13 +370,17 @@ func (f *Fetcher) heldBySignature(signature []byte) (acproxy.Digest, bool) {
 // alsoAnswers lets a held image answer a ref from now on, if it fits it.
 func (f *Fetcher) alsoAnswers(ctx context.Context, ref acproxy.Ref, digest acproxy.Digest, source string) error {
 	rec, err := f.cfg.Store.Record(digest)
-	if err != nil {
-		return err
+	if err == nil {
+		if err := ref.Matches(rec.Name, rec.Labels); err != nil {
+			return err
+		}
+		err = f.cfg.Store.Point(ctx, f.resolution(ctx, ref, rec, source))
 	}
-	if err := ref.Matches(rec.Name, rec.Labels); err != nil {
-		return err
+	if errors.Is(err, acproxy.ErrNotFound) {
+		// Passed on as it is, it would be taken for the publisher's word.
+		return &acproxy.Error{Kind: acproxy.ErrBusy, Code: "removed", Detail: "the image of " + ref.String() + " was removed from the store in this moment: ask again", RetryAfter: time.Second}
 	}
-	return f.cfg.Store.Point(ctx, f.resolution(ctx, ref, rec, source))
+	return err
 }
 
 // resolution returns what a ref answers from now on: an image, with a modification time that never goes back under the same ref, because rkt
