@@ -315,7 +315,7 @@ func TestSignatureLater(t *testing.T) {
 		{"once", 1, 0, true},
 		{"three times", 3, 0, true},
 		{"for ever", 0, 150 * time.Millisecond, false},
-		{"once, and nobody asks again", 1, -1, false},
+		{"for ever, and nobody asks again", 0, -1, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newScene(t, func(c *Config) { c.SignatureWait = test.wait })
