@@ -33,7 +33,7 @@ type scriptTrust struct {
 func trustCommands() map[string]func(*testscript.TestScript, bool, []string) {
 	commands := map[string]func(*testscript.TestScript, *scriptTrust, []string){
 		"key": scriptKey, "revoke": scriptRevoke, "publisher": scriptPublisher, "publish-key": scriptPublishKey, "publish-page": scriptPublishPage,
-		"publish-file": scriptPublishFile, "redirect": scriptRedirect, "sign": scriptSign,
+		"publish-file": scriptPublishFile, "redirect": scriptRedirect, "sign": scriptSign, "join": scriptJoin,
 	}
 	all := make(map[string]func(*testscript.TestScript, bool, []string))
 	shared := make(chan map[*testscript.TestScript]*scriptTrust, 1)
@@ -120,6 +120,15 @@ func scriptPublishPage(_ *testscript.TestScript, s *scriptTrust, args []string) 
 
 func scriptPublishFile(ts *testscript.TestScript, s *scriptTrust, args []string) {
 	s.publisher.Serve(args[0], "application/pgp-keys", []byte(ts.ReadFile(args[1])))
+}
+
+// scriptJoin makes the first file of all the others: join FILE FROM…
+func scriptJoin(ts *testscript.TestScript, _ *scriptTrust, args []string) {
+	var all strings.Builder
+	for _, from := range args[1:] {
+		all.WriteString(ts.ReadFile(from))
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(all.String()), 0o644))
 }
 
 func scriptRedirect(_ *testscript.TestScript, s *scriptTrust, args []string) {
