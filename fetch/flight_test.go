@@ -279,7 +279,7 @@ func TestCommitAndJoinRace(t *testing.T) {
 			all.Go(func() {
 				if j == 2 {
 					// Somewhere between the beginning and the end of the first one's flight.
-					_ = s.pub.Wait(t.Context(), i%2, func(r publisher.Request) bool {
+					s.asked(i%2, func(r publisher.Request) bool {
 						return strings.Contains(r.Path, name+"/") && path.Ext(r.Path) == ".aci"
 					})
 				}
@@ -349,7 +349,7 @@ func TestSignatureOnlyAfterTheImage(t *testing.T) {
 	signed := make(chan struct{})
 	go func() {
 		defer close(signed)
-		_ = s.pub.Wait(t.Context(), 1, func(r publisher.Request) bool { return strings.HasSuffix(r.Path, ".aci") && r.Done })
+		s.asked(1, func(r publisher.Request) bool { return strings.HasSuffix(r.Path, ".aci") && r.Done })
 		later.End()
 	}()
 	s.want(s.app("1.0"), blob, Miss)
@@ -454,9 +454,7 @@ func TestAnotherRefsURLMayHaveTheImage(t *testing.T) {
 		_, _, err := s.get(s.app(""))
 		first <- err
 	}()
-	if err := s.pub.Wait(t.Context(), 1, func(r publisher.Request) bool { return strings.HasSuffix(r.Path, "latest/linux/amd64/image.aci") }); err != nil {
-		t.Fatal(err)
-	}
+	s.asked(1, func(r publisher.Request) bool { return strings.HasSuffix(r.Path, "latest/linux/amd64/image.aci") })
 	s.want(s.app("1.0"), blob, Miss)
 	wantError(t, <-first, acproxy.ErrNotFound, "no-image-found")
 	if missing.Applied() != 1 {

@@ -221,6 +221,16 @@ func (s *scene) idle() {
 	})
 }
 
+// asked waits until the publisher was asked n times for what matches. It may be called by any goroutine.
+func (s *scene) asked(n int, match func(publisher.Request) bool) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), patience)
+	defer cancel()
+	if err := s.pub.Wait(ctx, n, match); err != nil {
+		s.t.Errorf("waiting for request %d: %v", n, err)
+	}
+}
+
 func (s *scene) trust(prefix string, key *trusttest.Key) {
 	s.t.Helper()
 	if _, err := trust.Add(s.dirs, prefix, key.Armored()); err != nil {
