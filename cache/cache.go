@@ -180,8 +180,14 @@ type Store interface {
 	// [acproxy.ErrNotFound] if they are not there, or not all of them; the image is quarantined then.
 	OpenBlob(digest acproxy.Digest) (*os.File, error)
 
-	// Begin starts an image that is about to arrive. The caller ends it with Commit or Discard.
-	Begin(ctx context.Context) (*Partial, error)
+	// Begin starts an image that is about to arrive. The caller ends it with Commit, Suspend or Discard. What has arrived under the same key
+	// before is removed.
+	Begin(ctx context.Context, arrival Arrival) (*Partial, error)
+	// Resume takes up an image again that has arrived in part, under the key of its arrival. The caller ends it as one that he began. It returns an
+	// error matching [acproxy.ErrNotFound] if there is none.
+	Resume(ctx context.Context, key string) (*Partial, error)
+	// Arrivals returns what can be resumed, in no order.
+	Arrivals(ctx context.Context) ([]Arrival, error)
 	// Point makes refs answer what is held already, or changes what is known of an answer. It returns an error matching
 	// [acproxy.ErrNotFound] if an image is not held.
 	Point(ctx context.Context, resolutions ...Resolution) error

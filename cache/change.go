@@ -308,7 +308,7 @@ func (d *Disk) Touch(digest acproxy.Digest) {
 	d.touched[digest] = now
 }
 
-// flusher writes access times until ctx is done.
+// flusher writes access times, and removes partial files that are too old, until ctx is done.
 func (d *Disk) flusher() {
 	tick := time.NewTicker(d.flushEvery)
 	defer tick.Stop()
@@ -318,6 +318,7 @@ func (d *Disk) flusher() {
 			if err := d.flush(); err != nil {
 				d.log.Error("writing access times", "err", err)
 			}
+			d.expire()
 		case <-d.ctx.Done():
 			return
 		}

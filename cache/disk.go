@@ -46,6 +46,7 @@ const (
 	quarantineDir = "quarantine" // broken files, each with a file that says why
 	sidecarExt    = ".json"
 	reasonExt     = ".reason"
+	partialExt    = ".aci" // of partial files; beside each, with sidecarExt, is the note of what it is
 )
 
 // Options are the choices in opening a store. The zero value is fine.
@@ -54,6 +55,9 @@ type Options struct {
 	Log        *slog.Logger     // nil means slog.Default
 	Now        func() time.Time // nil means time.Now
 	FlushEvery time.Duration    // how often access times are written; 0 means DefaultFlushEvery
+	// KeepPartials is for how long what has arrived of an image is kept without being taken up again; 0 means DefaultKeepPartials, less than 0 not at
+	// all.
+	KeepPartials time.Duration
 }
 
 // A Disk is a store in one directory. It is safe for concurrent use by one process; a second one can't open the same directory.
@@ -62,17 +66,20 @@ type Options struct {
 // made again, beside the serving of what is known already. A look-up that finds nothing waits for that, so that nothing is reported missing
 // that isn't.
 type Disk struct {
-	dir        string
-	fsys       durable.FS
-	log        *slog.Logger
-	now        func() time.Time
-	flushEvery time.Duration
-	lock       *os.File
+	dir          string
+	fsys         durable.FS
+	log          *slog.Logger
+	now          func() time.Time
+	flushEvery   time.Duration
+	keepPartials time.Duration
+	lock         *os.File
 
 	// ctx is the life of the background work; Close cancels it and waits for wg.
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	// cleaned is closed once it is known what the last process has left unfinished.
+	cleaned chan struct{}
 
 	locks     locks      // by digest, of an image's files and rows; by the digest of a name, of its file and row. Nobody waits for a second while holding one.
 	replacing sync.Mutex // held while one index takes the place of another
@@ -81,15 +88,16 @@ type Disk struct {
 	hotRefs    hot[acproxy.Ref, answer]
 	hotRecords hot[acproxy.Digest, Record]
 
-	mu       sync.Mutex
-	ix       *index
-	settled  bool          // the index has been verified, and knows of everything
-	changed  chan struct{} // closed and replaced when more is known than before
-	closed   bool
-	touched  map[acproxy.Digest]time.Time
-	partials map[*Partial]struct{}
-	shards   map[string]bool // the directories of blobs that exist
-	pointed  int64           // the last number given to a Resolution
+	mu        sync.Mutex
+	ix        *index
+	settled   bool          // the index has been verified, and knows of everything
+	changed   chan struct{} // closed and replaced when more is known than before
+	closed    bool
+	touched   map[acproxy.Digest]time.Time
+	partials  map[*Partial]struct{}
+	suspended map[string]suspended // by the key of their arrival
+	shards    map[string]bool      // the directories of blobs that exist
+	pointed   int64                // the last number given to a Resolution
 }
 
 var _ Store = (*Disk)(nil)
@@ -99,9 +107,9 @@ var _ Store = (*Disk)(nil)
 // is an error that says so. The caller closes it.
 func Open(dir string, opts Options) (*Disk, error) {
 	d := &Disk{
-		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery,
-		changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time), partials: make(map[*Partial]struct{}),
-		shards: make(map[string]bool),
+		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials,
+		cleaned: make(chan struct{}), changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
+		partials: make(map[*Partial]struct{}), suspended: make(map[string]suspended), shards: make(map[string]bool),
 	}
 	if d.fsys == nil {
 		d.fsys = durable.OS{}
@@ -114,6 +122,9 @@ func Open(dir string, opts Options) (*Disk, error) {
 	}
 	if d.flushEvery == 0 {
 		d.flushEvery = DefaultFlushEvery
+	}
+	if d.keepPartials == 0 {
+		d.keepPartials = DefaultKeepPartials
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if err := d.open(); err != nil {
@@ -264,16 +275,6 @@ func (d *Disk) layOut() error {
 		return err
 	}
 	return durable.Replace(d.fsys, d.temp(), d.path(versionFile), []byte(strconv.Itoa(Version)+"\n"), filePerm)
-}
-
-// clean removes what was being written when the store was last open. Close waits for all of it.
-func (d *Disk) clean(leftovers []fs.DirEntry) {
-	for _, entry := range leftovers {
-		d.log.Info("removing what was not finished", "file", entry.Name())
-		if err := d.fsys.Remove(d.path(partialDir, entry.Name())); err != nil {
-			d.log.Error("removing what was not finished", "file", entry.Name(), "err", err)
-		}
-	}
 }
 
 // newIndex makes an empty index and opens it.
@@ -452,7 +453,7 @@ func (d *Disk) await(ctx context.Context, changed <-chan struct{}) error {
 	case <-changed:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("waiting for the index to be made: %w", context.Cause(ctx))
+		return fmt.Errorf("waiting for the store to know what it holds: %w", context.Cause(ctx))
 	case <-d.ctx.Done():
 		return errClosed
 	}

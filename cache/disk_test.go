@@ -11,8 +11,10 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -205,7 +207,7 @@ func TestReopenedStoreHoldsTheSame(t *testing.T) {
 func TestClosedStoreSaysSo(t *testing.T) {
 	d := open(t, t.TempDir(), cache.Options{})
 	img := cachetest.NewImage("example.com/app", "1", 10)
-	p, err := d.Begin(t.Context())
+	p, err := d.Begin(t.Context(), cache.Arrival{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -219,7 +221,7 @@ func TestClosedStoreSaysSo(t *testing.T) {
 	if _, _, err := d.Resolve(t.Context(), img.Refs[0].Ref); err == nil || errors.Is(err, acproxy.ErrNotFound) {
 		t.Errorf("Resolve = %v, want an error that doesn't say that it is not held", err)
 	}
-	if _, err := d.Begin(t.Context()); err == nil {
+	if _, err := d.Begin(t.Context(), cache.Arrival{}); err == nil {
 		t.Error("Begin succeeded")
 	}
 }
@@ -255,10 +257,155 @@ func TestVersions(t *testing.T) {
 	}
 }
 
+// TestPartialsOfTheLastTime starts a store again in which something was arriving when its process ended.
+func TestPartialsOfTheLastTime(t *testing.T) {
+	arrival := cache.Arrival{Key: "a", Ref: cachetest.MustRef("example.com/app:1"), Source: "https://example.com/app.aci", Size: 10, Began: when}
+	for _, tt := range []struct {
+		name    string
+		arrival cache.Arrival
+		written string
+		spoil   func(t *testing.T, partial string) // nil leaves it as it is
+		after   time.Duration                      // until the next start
+		kept    bool
+	}{
+		{name: "half of an image is kept", arrival: arrival, written: "some", kept: true},
+		{name: "so is all of it", arrival: arrival, written: "0123456789", kept: true},
+		{name: "one of unknown size is kept", arrival: cache.Arrival{Key: "a", Size: -1}, written: "some", kept: true},
+		{name: "more than there is to an image is not", arrival: arrival, written: "0123456789a"},
+		{name: "nor what has no key", arrival: cache.Arrival{Size: 10}, written: "some"},
+		{name: "nor what is empty", arrival: arrival},
+		{name: "one whose note is missing is removed", arrival: arrival, written: "some", spoil: func(t *testing.T, partial string) {
+			if err := os.Remove(partial + ".json"); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{name: "one whose note was damaged is removed", arrival: arrival, written: "some", spoil: func(t *testing.T, partial string) {
+			note := read(t, partial+".json")
+			write(t, partial+".json", bytes.Replace(note, []byte("example"), []byte("exbmple"), 1))
+		}},
+		{name: "a note without a file is removed", arrival: arrival, written: "some", spoil: func(t *testing.T, partial string) {
+			if err := os.Remove(partial); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{name: "what is a day old is removed", arrival: arrival, written: "some", after: cache.DefaultKeepPartials},
+		{name: "what is a second younger is kept", arrival: arrival, written: "some", after: cache.DefaultKeepPartials - time.Second, kept: true},
+	} {
+		for _, suspend := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, suspended %v", tt.name, suspend), func(t *testing.T) {
+				dir := t.TempDir()
+				d := open(t, dir, cache.Options{})
+				p, err := d.Begin(t.Context(), tt.arrival)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := p.Write([]byte(tt.written)); err != nil {
+					t.Fatal(err)
+				}
+				before := names(t, dir, "partial")
+				if suspend {
+					if err := p.Suspend(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				closeStore(t, d)
+				if suspend && len(names(t, dir, "partial")) == 0 && !tt.kept {
+					return
+				}
+				if tt.spoil != nil {
+					tt.spoil(t, filepath.Join(dir, "partial", before[0]))
+				}
+				fi, err := os.Stat(filepath.Join(dir, "partial", names(t, dir, "partial")[0]))
+				if err != nil {
+					t.Fatal(err)
+				}
+				again := open(t, dir, cache.Options{Now: func() time.Time { return fi.ModTime().Add(tt.after) }})
+				p, err = again.Resume(t.Context(), "a")
+				if !tt.kept {
+					if !errors.Is(err, acproxy.ErrNotFound) {
+						t.Errorf("Resume = %v, want ErrNotFound", err)
+					}
+					if left := names(t, dir, "partial"); len(left) != 0 {
+						t.Errorf("left: %v", left)
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if p.Size() != int64(len(tt.written)) || !reflect.DeepEqual(p.Arrival(), tt.arrival) {
+					t.Errorf("resumed %d bytes of %+v", p.Size(), p.Arrival())
+				}
+				f, err := p.Open()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer f.Close()
+				if b, err := io.ReadAll(f); string(b) != tt.written || err != nil {
+					t.Errorf("resumed %q, %v", b, err)
+				}
+				if err := p.Discard(); err != nil {
+					t.Fatal(err)
+				}
+				if left := names(t, dir, "partial"); len(left) != 0 {
+					t.Errorf("left: %v", left)
+				}
+			})
+		}
+	}
+}
+
+func TestPartialsNobodyAsksForGo(t *testing.T) {
+	dir := t.TempDir()
+	var clock atomic.Int64
+	d := open(t, dir, cache.Options{Now: func() time.Time { return when.Add(time.Duration(clock.Load())) }, FlushEvery: time.Millisecond, KeepPartials: time.Hour})
+	p, err := d.Begin(t.Context(), cache.Arrival{Key: "a", Size: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Write([]byte("some")); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Suspend(); err != nil {
+		t.Fatal(err)
+	}
+	if u, err := d.Usage(); u.Partials != 4096 || err != nil {
+		t.Errorf("Usage counts %d bytes of partials, %v", u.Partials, err)
+	}
+	clock.Store(int64(time.Hour))
+	for len(names(t, dir, "partial")) > 0 {
+		if t.Context().Err() != nil {
+			t.Fatal("it is not removed")
+		}
+		runtime.Gosched()
+	}
+	if u, err := d.Usage(); u.Partials != 0 || err != nil {
+		t.Errorf("Usage counts %d bytes of partials, %v", u.Partials, err)
+	}
+}
+
+func TestNoPartialsAreKept(t *testing.T) {
+	dir := t.TempDir()
+	d := open(t, dir, cache.Options{KeepPartials: -1})
+	p, err := d.Begin(t.Context(), cache.Arrival{Key: "a", Size: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Write([]byte("some")); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Suspend(); err != nil {
+		t.Fatal(err)
+	}
+	if left := names(t, dir, "partial"); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
 func TestPartialsOfTheLastTimeAreRemoved(t *testing.T) {
 	dir := t.TempDir()
 	d := open(t, dir, cache.Options{})
-	p, err := d.Begin(t.Context())
+	p, err := d.Begin(t.Context(), cache.Arrival{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -335,7 +482,7 @@ func TestUsageAndDelete(t *testing.T) {
 	}
 	small, large := cachetest.NewImage("example.com/a", "1", 4096), cachetest.NewImage("example.com/b", "1", 4097)
 	fill(t, d, []cachetest.Image{small, large})
-	p, err := d.Begin(t.Context())
+	p, err := d.Begin(t.Context(), cache.Arrival{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -558,6 +558,9 @@ func (d *Disk) Usage() (Usage, error) {
 	for p := range d.partials {
 		u.Partials += blocks(p.Size())
 	}
+	for _, s := range d.suspended {
+		u.Partials += blocks(s.size)
+	}
 	return u, nil
 }
 

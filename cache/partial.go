@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -20,33 +21,62 @@ import (
 // sync at the end is short.
 const writebackEvery = 8 << 20
 
+// An Arrival says what is arriving, so that it can be taken up again where a cut connection, or the end of the process, has left it.
+type Arrival struct {
+	// Key is what the bytes are, in the words of whoever fetches them: the same key stands for the same bytes. An arrival without a key can't be
+	// taken up again.
+	Key    string      `json:"key,omitempty"`
+	Ref    acproxy.Ref `json:"ref,omitzero"` // a ref that asked for it
+	Source string      `json:"source,omitempty"`
+	Size   int64       `json:"size"` // bytes there will be, -1 if nobody has said
+	// Validators are what the publisher sent to tell other bytes by, as in a Resolution.
+	Validators map[string]string `json:"validators,omitempty"`
+	Began      time.Time         `json:"began,omitzero"`
+}
+
 // A Partial is an image that is arriving: a temporary file that becomes a blob when it is committed. One goroutine writes it and ends it; Open
 // and Size may be called by any at any time.
+//
+// Beside the file of an arrival that has a key lies a note of the arrival. A file with a readable note is kept when the process ends, and can be had by
+// [Disk.Resume] later. Neither is synced: what is resumed is judged like everything else, and a file that lost bytes with the power doesn't pass.
 type Partial struct {
-	disk *Disk
-	file durable.File
-	temp string // where the file is until it is committed
-	size atomic.Int64
-	sent int64 // how much of it writeback was started for
+	disk    *Disk
+	file    durable.File
+	temp    string // where the file is until it is committed
+	size    atomic.Int64
+	sent    int64   // how much of it writeback was started for
+	arrival Arrival // as it was last noted
 
 	mu    sync.Mutex
 	path  string // "" once it was discarded
 	ended bool
 }
 
-var errEnded = errors.New("the partial image was committed or discarded already")
+var errEnded = errors.New("the partial image was committed, suspended or discarded already")
 
 // Begin implements [Store].
-func (d *Disk) Begin(ctx context.Context) (*Partial, error) {
+func (d *Disk) Begin(ctx context.Context, arrival Arrival) (*Partial, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	path := d.temp()
+	if err := d.forget(ctx, arrival.Key); err != nil {
+		return nil, err
+	}
+	path := d.temp() + partialExt
 	file, err := d.fsys.Create(path, filePerm)
 	if err != nil {
 		return nil, fmt.Errorf("beginning an image: %w", noSpace(err))
 	}
 	p := &Partial{disk: d, file: file, temp: path, path: path}
+	if err := p.Note(arrival); err != nil {
+		return nil, errors.Join(fmt.Errorf("beginning an image: %w", err), p.Discard())
+	}
+	return p, p.register()
+}
+
+// register makes the partial one of those that count. If the store is closed it is discarded.
+func (p *Partial) register() error {
+	d := p.disk
 	d.mu.Lock()
 	closed := d.closed
 	if !closed {
@@ -54,14 +84,50 @@ func (d *Disk) Begin(ctx context.Context) (*Partial, error) {
 	}
 	d.mu.Unlock()
 	if closed {
-		return nil, errors.Join(errClosed, p.Discard())
+		return errors.Join(errClosed, p.Discard())
 	}
-	return p, nil
+	return nil
 }
+
+// Arrival returns what is arriving, as it was last noted. It is for the goroutine that writes.
+func (p *Partial) Arrival() Arrival { return p.arrival }
+
+// Note keeps what is known of the arrival now in the place of what was known.
+//
+//	note: create, write, rename
+func (p *Partial) Note(arrival Arrival) error {
+	if arrival.Key == "" {
+		p.arrival = arrival
+		return nil
+	}
+	note, err := seal(arrival)
+	if err != nil {
+		return err
+	}
+	temp := p.disk.temp()
+	file, err := p.disk.fsys.Create(temp, filePerm)
+	if err != nil {
+		return noSpace(err)
+	}
+	_, err = file.Write(note)
+	if err = errors.Join(err, file.Close()); err == nil {
+		err = p.disk.fsys.Rename(temp, notePath(p.temp))
+	}
+	if err != nil {
+		// What can't be removed is removed at the next start.
+		_ = p.disk.fsys.Remove(temp)
+		return noSpace(err)
+	}
+	p.arrival = arrival
+	return nil
+}
+
+// notePath returns where the note of a partial file is.
+func notePath(partial string) string { return partial + sidecarExt }
 
 // Write appends to the image. A full disk is an error matching [acproxy.ErrNoSpace].
 func (p *Partial) Write(b []byte) (int, error) {
-	n, err := p.file.Write(b)
+	n, err := p.file.WriteAt(b, p.size.Load())
 	size := p.size.Add(int64(n))
 	if size-p.sent >= writebackEvery {
 		durable.StartWriteback(p.file, p.sent, size-p.sent)
@@ -105,12 +171,31 @@ func (p *Partial) moved(path string) {
 	delete(p.disk.partials, p)
 }
 
-// Discard removes the image. After Commit it does nothing.
+// Discard removes the image. After Commit and Suspend it does nothing.
 func (p *Partial) Discard() error {
 	if p.end() != nil {
 		return nil
 	}
 	return p.drop()
+}
+
+// Suspend ends the writing and keeps what has arrived for [Disk.Resume]. An arrival without a key, or of which nothing has come, is discarded.
+func (p *Partial) Suspend() error {
+	if p.arrival.Key == "" || p.Size() == 0 || p.disk.keepPartials < 0 {
+		return p.Discard()
+	}
+	if err := p.end(); err != nil {
+		return err
+	}
+	if err := p.file.Close(); err != nil {
+		return errors.Join(err, p.drop())
+	}
+	d := p.disk
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.partials, p)
+	d.suspended[p.arrival.Key] = suspended{path: p.temp, size: p.Size(), since: d.now(), arrival: p.arrival}
+	return nil
 }
 
 func (p *Partial) drop() error {
@@ -119,10 +204,14 @@ func (p *Partial) drop() error {
 	if errors.Is(err, fs.ErrClosed) {
 		err = nil
 	}
-	if removal := p.disk.fsys.Remove(p.temp); !errors.Is(removal, fs.ErrNotExist) {
-		err = errors.Join(err, removal)
+	return errors.Join(err, p.removeNote(), p.disk.removeIfThere(p.temp))
+}
+
+func (p *Partial) removeNote() error {
+	if p.arrival.Key == "" {
+		return nil
 	}
-	return err
+	return p.disk.removeIfThere(notePath(p.temp))
 }
 
 // Commit makes the image one that is held: its record, its manifest, its signature as published (nil if there is none) and the refs that it
@@ -152,6 +241,10 @@ func (p *Partial) Commit(ctx context.Context, rec Record, manifest, signature []
 	displaced, err := p.land(img)
 	if err != nil {
 		return fmt.Errorf("committing %v: %w", rec.Digest, errors.Join(noSpace(err), p.drop()))
+	}
+	if err := p.removeNote(); err != nil {
+		// The image is held all the same, and the next start removes it.
+		p.disk.log.Error("removing the note of an arrival", "digest", rec.Digest, "err", err)
 	}
 	p.disk.rewrite(displaced)
 	return nil

@@ -137,7 +137,7 @@ func (d *download) isLater() bool {
 
 // begin sets the download going with the publisher's response. It runs on after begin has returned, until the verdict.
 func (d *download) begin(resp *http.Response) error {
-	partial, err := d.f.cfg.Store.Begin(d.ctx)
+	partial, err := d.f.cfg.Store.Begin(d.ctx, cache.Arrival{Size: resp.ContentLength})
 	if err != nil {
 		return errors.Join(err, resp.Body.Close())
 	}

@@ -485,7 +485,7 @@ func TestDiskFullKeepsNothing(t *testing.T) {
 		s.idle()
 		s.wantNothingKept()
 		calls := fsys.Calls()
-		if what := []string{"create", "write"}[min(at-1, 1)]; len(calls) < at || !strings.HasPrefix(calls[at-1], what+" partial/") {
+		if what := []string{"create", "writeat"}[min(at-1, 1)]; len(calls) < at || !strings.HasPrefix(calls[at-1], what+" partial/") {
 			t.Errorf("call %d was not to %s: %q", at, what, calls)
 		}
 	}
@@ -510,7 +510,7 @@ func TestAFailingCommitIsNoImage(t *testing.T) {
 	s.idle()
 	calls := fsys.Calls()
 	first := slices.IndexFunc(calls, func(c string) bool {
-		return strings.HasPrefix(c, "sync ") && strings.Contains(c, "partial/") && path.Ext(c) == ""
+		return strings.HasPrefix(c, "sync ") && strings.Contains(c, "partial/") && path.Ext(c) == ".aci"
 	})
 	if err := s.store.Delete(t.Context(), s.record(s.app("1.0")).Digest); err != nil {
 		t.Fatal(err)
@@ -548,7 +548,7 @@ func TestAFailingCommitIsNoImage(t *testing.T) {
 
 func TestFollowerOfAFileThatLostBytes(t *testing.T) {
 	s := newScene(t)
-	partial, err := s.store.Begin(t.Context())
+	partial, err := s.store.Begin(t.Context(), cache.Arrival{})
 	if err != nil {
 		t.Fatal(err)
 	}

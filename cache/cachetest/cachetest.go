@@ -72,7 +72,7 @@ func MustRef(s string) acproxy.Ref {
 
 // Commit commits an image and returns Commit's error, or that of what comes before it.
 func Commit(ctx context.Context, store cache.Store, img Image) error {
-	p, err := store.Begin(ctx)
+	p, err := store.Begin(ctx, cache.Arrival{})
 	if err != nil {
 		return err
 	}
@@ -163,6 +163,8 @@ var tests = []struct {
 	{"a binary signature and an odd manifest keep every byte", binary},
 	{"the same bytes committed twice answer the refs of both", twice},
 	{"a discarded image leaves nothing", discarded},
+	{"a suspended image is taken up where it was left", resumed},
+	{"an image begun anew forgets what had arrived", begunAnew},
 	{"an image can be read while it arrives and after", followed},
 	{"what doesn't fit together is not committed", misfits},
 	{"a ref moves on", moves},
@@ -293,7 +295,7 @@ func twice(t *testing.T, store cache.Store) {
 }
 
 func discarded(t *testing.T, store cache.Store) {
-	p, err := store.Begin(t.Context())
+	p, err := store.Begin(t.Context(), cache.Arrival{})
 	must(t, err)
 	_, err = p.Write([]byte("some of it"))
 	must(t, err)
@@ -315,9 +317,78 @@ func discarded(t *testing.T, store cache.Store) {
 	wantErr(t, "Record", err, acproxy.ErrNotFound)
 }
 
+// arriving begins an image whose first bytes have arrived.
+func arriving(t *testing.T, store cache.Store, key string, blob []byte) *cache.Partial {
+	t.Helper()
+	p, err := store.Begin(t.Context(), cache.Arrival{
+		Key: key, Ref: MustRef("example.com/app"), Source: "https://example.com/app.aci", Size: 300_000, Validators: map[string]string{"ETag": `"1"`}, Began: start,
+	})
+	must(t, err)
+	_, err = p.Write(blob)
+	must(t, err)
+	return p
+}
+
+func resumed(t *testing.T, store cache.Store) {
+	img := NewImage("example.com/app", "1.0.0", 300_000)
+	p := arriving(t, store, "a", img.Blob[:1000])
+	f, err := p.Open()
+	must(t, err)
+	defer f.Close()
+	want := p.Arrival()
+	must(t, p.Suspend())
+	must(t, p.Discard())
+	arrivals, err := store.Arrivals(t.Context())
+	must(t, err)
+	if len(arrivals) != 1 || !reflect.DeepEqual(arrivals[0], want) {
+		t.Errorf("Arrivals = %+v, want %+v", arrivals, want)
+	}
+	_, err = store.Resume(t.Context(), "b")
+	wantErr(t, "Resume of another key", err, acproxy.ErrNotFound)
+	p, err = store.Resume(t.Context(), "a")
+	must(t, err)
+	if p.Size() != 1000 || !reflect.DeepEqual(p.Arrival(), want) {
+		t.Errorf("resumed %d bytes of %+v, want 1000 of %+v", p.Size(), p.Arrival(), want)
+	}
+	_, err = store.Resume(t.Context(), "a")
+	wantErr(t, "Resume of what somebody writes", err, acproxy.ErrNotFound)
+	_, err = p.Write(img.Blob[1000:])
+	must(t, err)
+	must(t, p.Commit(t.Context(), img.Record, img.Manifest, img.Signature, img.Refs...))
+	must(t, Check(t.Context(), store, img))
+	got, err := io.ReadAll(f)
+	if !bytes.Equal(got, img.Blob) || err != nil {
+		t.Errorf("a file opened before the suspension reads %d bytes, %v, or others than were written", len(got), err)
+	}
+	if arrivals, err := store.Arrivals(t.Context()); len(arrivals) != 0 || err != nil {
+		t.Errorf("Arrivals after the commit = %+v, %v", arrivals, err)
+	}
+}
+
+func begunAnew(t *testing.T, store cache.Store) {
+	must(t, arriving(t, store, "a", []byte("old")).Suspend())
+	p := arriving(t, store, "a", []byte("newer"))
+	_, err := store.Resume(t.Context(), "a")
+	wantErr(t, "Resume", err, acproxy.ErrNotFound)
+	must(t, p.Suspend())
+	p, err = store.Resume(t.Context(), "a")
+	must(t, err)
+	if p.Size() != 5 {
+		t.Errorf("resumed %d bytes, want 5", p.Size())
+	}
+	must(t, p.Discard())
+	_, err = store.Resume(t.Context(), "a")
+	wantErr(t, "Resume of what was discarded", err, acproxy.ErrNotFound)
+	must(t, arriving(t, store, "", []byte("no key")).Suspend())
+	must(t, arriving(t, store, "b", nil).Suspend())
+	if arrivals, err := store.Arrivals(t.Context()); len(arrivals) != 0 || err != nil {
+		t.Errorf("Arrivals = %+v, %v", arrivals, err)
+	}
+}
+
 func followed(t *testing.T, store cache.Store) {
 	img := NewImage("example.com/app", "1.0.0", 300_000)
-	p, err := store.Begin(t.Context())
+	p, err := store.Begin(t.Context(), cache.Arrival{})
 	must(t, err)
 	half := len(img.Blob) / 2
 	_, err = p.Write(img.Blob[:half])
@@ -726,13 +797,13 @@ func crowd(t *testing.T, store cache.Store) {
 func calledOff(t *testing.T, store cache.Store) {
 	ctx, cancel := context.WithCancel(t.Context())
 	img := NewImage("example.com/app", "1", 10)
-	p, err := store.Begin(ctx)
+	p, err := store.Begin(ctx, cache.Arrival{})
 	must(t, err)
 	_, err = p.Write(img.Blob)
 	must(t, err)
 	cancel()
 	wantErr(t, "Commit", p.Commit(ctx, img.Record, img.Manifest, img.Signature, img.Refs...), context.Canceled)
-	_, err = store.Begin(ctx)
+	_, err = store.Begin(ctx, cache.Arrival{})
 	wantErr(t, "Begin", err, context.Canceled)
 	_, err = store.Record(img.Record.Digest)
 	wantErr(t, "Record", err, acproxy.ErrNotFound)

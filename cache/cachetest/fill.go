@@ -62,7 +62,7 @@ func fillOne(ctx context.Context, store cache.Store, ref acproxy.Ref, i int, siz
 	img := NewImage(ref.Name(), ref.Version(), 0)
 	name := fmt.Appendf(nil, "sparse image %d", i)
 	img.Record.Digest, img.Record.ImageID, img.Record.Size = sha256.Sum256(name), sha512.Sum512(name), size
-	p, err := store.Begin(ctx)
+	p, err := store.Begin(ctx, cache.Arrival{})
 	if err != nil {
 		return err
 	}

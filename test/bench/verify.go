@@ -439,7 +439,7 @@ func keep(store *cache.Disk, key *trusttest.Key, i int) error {
 		return err
 	}
 	ctx := context.Background()
-	partial, err := store.Begin(ctx)
+	partial, err := store.Begin(ctx, cache.Arrival{})
 	if err != nil {
 		return err
 	}

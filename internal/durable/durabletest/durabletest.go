@@ -290,14 +290,17 @@ func (file *File) Write(b []byte) (n int, err error) {
 
 // WriteAt implements [io.WriterAt].
 func (file *File) WriteAt(b []byte, offset int64) (n int, err error) {
-	err = file.fs.call("writeat", file.Name(), func() (err error) {
-		n, err = file.File.WriteAt(b, offset)
-		now := make([]byte, max(len(file.node.now), int(offset)+n))
-		copy(now, file.node.now)
-		copy(now[offset:], b[:n])
-		file.node.now = now
-		return err
-	}, nil)
+	write := func(b []byte) func() error {
+		return func() (err error) {
+			n, err = file.File.WriteAt(b, offset)
+			now := make([]byte, max(len(file.node.now), int(offset)+n))
+			copy(now, file.node.now)
+			copy(now[offset:], b[:n])
+			file.node.now = now
+			return err
+		}
+	}
+	err = file.fs.call("writeat", file.Name(), write(b), write(b[:len(b)/2]))
 	return n, err
 }
 
