@@ -179,13 +179,14 @@ func (p *Partial) Discard() error {
 	return p.drop()
 }
 
-// Suspend ends the writing and keeps what has arrived for [Disk.Resume]. An arrival without a key, or of which nothing has come, is discarded.
+// Suspend ends the writing and keeps what has arrived for [Disk.Resume]. An arrival without a key, or of which nothing has come, is discarded. After
+// Commit and Discard it does nothing.
 func (p *Partial) Suspend() error {
 	if p.arrival.Key == "" || p.Size() == 0 || p.disk.keepPartials < 0 {
 		return p.Discard()
 	}
-	if err := p.end(); err != nil {
-		return err
+	if p.end() != nil {
+		return nil
 	}
 	if err := p.file.Close(); err != nil {
 		return errors.Join(err, p.drop())

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
 	"sync"
 	"time"
 
@@ -23,14 +22,19 @@ import (
 //
 //	body ─▶ buffer ─┬─▶ partial file ─▶ followers, inspection (both read it from the page cache, at their own pace)
 //	                └─▶ sha256 and the signature's hashes, on the other core
+//
+// A body that ends before its time is taken up again, see reception. What has arrived when that fails, or when the Fetcher is closed, is kept for the
+// next one that asks for the same bytes.
 type download struct {
-	f            *Fetcher
-	key          string
-	name         string
-	client       string // who asked first
-	keyring      string // the ID of the keys when it was claimed
-	policy       Policy
-	source       string // the image's URL
+	f       *Fetcher
+	key     string
+	name    string
+	client  string // who asked first
+	keyring string // the ID of the keys when it was claimed
+	policy  Policy
+	source  string // the image's URL
+	// endpoints are the URLs that the image may be had from, source first. Only the goroutine that receives changes them.
+	endpoints    []string
 	signatureURL string
 	signature    []byte // set before the download is shared, unless later
 
@@ -50,6 +54,8 @@ type download struct {
 	// verdict.
 	urgent chan struct{}
 	hurry  func()
+	// pieced says that the bytes came with more than one answer. It belongs to the goroutine that receives.
+	pieced bool
 	// decided is closed with the verdict, good or bad; finished, after that, with the end of the inspection.
 	decided, finished chan struct{}
 
@@ -83,7 +89,8 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 		return d, false, nil
 	}
 	d = &download{
-		f: f, key: key, name: name, client: fl.client, keyring: fl.keyring, policy: policy, source: source, signatureURL: signatureURL, signature: signature, later: later, size: -1,
+		f: f, key: key, name: name, client: fl.client, keyring: fl.keyring, policy: policy, source: source, endpoints: fl.endpointsFrom(source),
+		signatureURL: signatureURL, signature: signature, later: later, size: -1,
 		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
 		refs: map[acproxy.Ref]struct{}{ref: {}},
 	}
@@ -135,23 +142,22 @@ func (d *download) isLater() bool {
 	return d.later
 }
 
-// begin sets the download going with the publisher's response. It runs on after begin has returned, until the verdict.
-func (d *download) begin(resp *http.Response) error {
-	partial, err := d.f.cfg.Store.Begin(d.ctx, cache.Arrival{Size: resp.ContentLength})
-	if err != nil {
-		return errors.Join(err, resp.Body.Close())
-	}
-	d.size, d.etag = resp.ContentLength, resp.Header.Get("ETag")
-	d.validators = map[string]string{"ETag": d.etag, "Last-Modified": resp.Header.Get("Last-Modified")}
-	if t, err := http.ParseTime(resp.Header.Get("Last-Modified")); err == nil {
+// begin sets the download going: with the publisher's body, which goes on where the partial file ends, of size bytes in all, -1 if nobody has said.
+// Without a body all of it is there. It runs on after begin has returned, until the verdict.
+func (d *download) begin(partial *cache.Partial, body io.ReadCloser, size int64, said map[string]string) error {
+	d.size, d.etag, d.validators, d.written = size, said["ETag"], said, partial.Size()
+	if t, err := http.ParseTime(said["Last-Modified"]); err == nil {
 		d.modified = t
 	}
 	d.settleModified()
 	d.partial = partial
 	// Ends with the publisher's body, the stall timeout or the Fetcher; Close waits for it.
-	if !d.f.start(func(context.Context) { d.run(resp.Body) }) {
+	if !d.f.start(func(context.Context) { d.run(body) }) {
 		d.partial = nil
-		return errors.Join(errClosed, resp.Body.Close(), partial.Discard())
+		if body != nil {
+			_ = body.Close()
+		}
+		return errors.Join(errClosed, partial.Suspend())
 	}
 	close(d.begun)
 	return nil
@@ -209,11 +215,7 @@ func (d *download) run(body io.ReadCloser) {
 	inspection := d.inspect()
 	rec, err := d.verdict(body, inspection)
 	if err != nil {
-		err = d.reason(err, inspection)
-	}
-	// Closing says nothing about the bytes that reading didn't.
-	_ = body.Close()
-	if err != nil {
+		err = d.pieces(d.reason(err, inspection))
 		d.fail(err)
 		<-inspection.done
 		return
@@ -243,9 +245,25 @@ func (d *download) tell(rec cache.Record, took time.Duration) {
 	d.f.decided(said)
 }
 
+// pieces returns what a bad verdict means for bytes that came with several answers: that they don't belong together is as likely as that the image is
+// bad, so nothing is said about the image.
+func (d *download) pieces(err error) error {
+	if !d.pieced || !contentRefused(err) || acproxy.Code(err) == codeTooLarge {
+		return err
+	}
+	return &acproxy.Error{
+		Kind: acproxy.ErrPublisher, Code: "pieces-dont-fit", RetryAfter: time.Second,
+		Detail: fmt.Sprintf("%s came in several pieces, which don't make an acceptable image together (%v); they are dropped, and asking again fetches it whole", d.source, err),
+	}
+}
+
 func (d *download) fail(err error) {
-	if discard := d.partial.Discard(); discard != nil {
-		d.f.log.Error("removing a partial file", "err", discard)
+	end := d.partial.Discard
+	if interrupted(err) || d.f.ctx.Err() != nil {
+		end = d.partial.Suspend
+	}
+	if ended := end(); ended != nil {
+		d.f.log.Error("ending a partial file", "err", ended)
 	}
 	for _, ref := range d.waiting() {
 		d.f.log.Warn("image not kept", "ref", ref, "source", d.source, "err", err)
@@ -307,7 +325,7 @@ func (d *download) waiting() []acproxy.Ref {
 }
 
 // verdict reads the body and returns the committed record, or what is wrong with the image.
-func (d *download) verdict(body io.Reader, inspection *inspection) (cache.Record, error) {
+func (d *download) verdict(body io.ReadCloser, inspection *inspection) (cache.Record, error) {
 	hasher, err := d.newHasher()
 	if err != nil {
 		return cache.Record{}, err
@@ -372,64 +390,6 @@ func (d *download) newHasher() (*trust.Hasher, error) {
 		return nil, nil
 	}
 	return trust.NewHasher(d.signature)
-}
-
-// bufferSize is how much of a body is handed on at once.
-const bufferSize = 128 << 10
-
-// receive writes the body to the partial file and returns its digest. Hashing runs beside writing.
-func (d *download) receive(body io.Reader, hasher *trust.Hasher) (acproxy.Digest, error) {
-	const inFlight = 16
-	free, full := make(chan []byte, inFlight), make(chan []byte, inFlight)
-	for range inFlight {
-		free <- make([]byte, bufferSize)
-	}
-	var digest acproxy.Digest
-	var hashing sync.WaitGroup
-	// Ends when full is closed below, which happens on every way out; waited for right after.
-	hashing.Go(func() {
-		sum := sha256.New()
-		for b := range full {
-			sum.Write(b)
-			if hasher != nil {
-				hasher.Write(b)
-			}
-			free <- b[:bufferSize]
-		}
-		sum.Sum(digest[:0])
-	})
-	err := d.copy(body, free, full)
-	close(full)
-	hashing.Wait()
-	return digest, err
-}
-
-func (d *download) copy(body io.Reader, free <-chan []byte, full chan<- []byte) error {
-	for {
-		if err := d.ctx.Err(); err != nil {
-			return context.Cause(d.ctx)
-		}
-		b := <-free
-		n, err := body.Read(b)
-		if n > 0 {
-			if d.written+int64(n) > d.f.cfg.MaxImageSize {
-				return tooLarge(d.source, d.f.cfg.MaxImageSize)
-			}
-			if _, err := d.partial.Write(b[:n]); err != nil {
-				return fmt.Errorf("keeping %s: %w", d.source, err)
-			}
-			full <- b[:n]
-			d.update(func() { d.written += int64(n) })
-		} else {
-			full <- b[:0]
-		}
-		switch {
-		case err == io.EOF:
-			return nil
-		case err != nil:
-			return fmt.Errorf("receiving %s after %d bytes: %w", d.source, d.written, err)
-		}
-	}
 }
 
 // update changes what followers look at, and wakes them.
@@ -736,7 +696,7 @@ func (f *Fetcher) inspectHeld(ctx context.Context, rec cache.Record) (aci.Inspec
 // cancelReader ends reading when its context does.
 type cancelReader struct {
 	ctx context.Context
-	r   *os.File
+	r   io.Reader
 }
 
 func (c *cancelReader) Read(p []byte) (int, error) {

@@ -48,6 +48,15 @@ type Config struct {
 	DiscoveryTTL     time.Duration // how long what was learned of a name is used before it is refreshed; 0 means DefaultDiscoveryTTL, less than 0 refreshes it every time
 	Limits           aci.Limits
 
+	// How an image is received whose publisher breaks off: it is asked for the rest, after a pause that grows.
+	Retries   int64         // attempts to go on with one image; 0 means DefaultRetries, less than 0 none
+	RetryFor  time.Duration // without a new byte for so long, including the next pause, it is given up; 0 means DefaultRetryFor
+	RetryWait time.Duration // the first pause; 0 means DefaultRetryWait
+
+	MaxFlights int64         // refs that publishers are asked for at once; 0 means DefaultMaxFlights
+	MaxQueue   int64         // refs that wait for their turn beyond that; 0 means DefaultMaxQueue, less than 0 none
+	QueueWait  time.Duration // for how long they wait; 0 means DefaultQueueWait
+
 	// Decided is told every decision about an image, in the order in which they are made, by any goroutine. It must not block for long. nil means
 	// nobody is told.
 	Decided func(Decision)
@@ -70,6 +79,7 @@ type Fetcher struct {
 	negative *gocache.Cache // keyring and ref → remembered error
 	sticky   *gocache.Cache // client and ref → remembered digest of the signature that the client was given
 	verdicts verdicts
+	queue    *queue
 
 	mu        sync.Mutex
 	closed    bool
@@ -89,11 +99,18 @@ func New(cfg Config) *Fetcher {
 	cfg.SignatureWait = orDefault(cfg.SignatureWait, DefaultSignatureWait)
 	cfg.NegativeTTL = orDefault(cfg.NegativeTTL, DefaultNegativeTTL)
 	cfg.DiscoveryTTL = orDefault(cfg.DiscoveryTTL, DefaultDiscoveryTTL)
+	cfg.Retries = orDefault(cfg.Retries, DefaultRetries)
+	cfg.RetryFor = orDefault(cfg.RetryFor, DefaultRetryFor)
+	cfg.RetryWait = orDefault(cfg.RetryWait, DefaultRetryWait)
+	cfg.MaxFlights = orDefault(cfg.MaxFlights, DefaultMaxFlights)
+	cfg.MaxQueue = orDefault(cfg.MaxQueue, DefaultMaxQueue)
+	cfg.QueueWait = orDefault(cfg.QueueWait, DefaultQueueWait)
 	f := &Fetcher{
 		cfg: cfg, log: cfg.Log, now: cfg.Now,
 		// No janitors: they would be goroutines that nobody can stop. What has expired is dropped when the next is added.
 		negative:  gocache.New(cfg.NegativeTTL, 0),
 		sticky:    gocache.New(stickyFor, 0),
+		queue:     newQueue(int(cfg.MaxFlights), int(max(cfg.MaxQueue, 0)), cfg.QueueWait),
 		flights:   make(map[acproxy.Ref]*flight),
 		downloads: make(map[string]*download),
 		learning:  make(map[string]bool),
@@ -123,6 +140,33 @@ func (f *Fetcher) Close() error {
 	f.mu.Unlock()
 	f.cancel(errClosed)
 	f.wg.Wait()
+	return nil
+}
+
+// Drain waits until no flight is in progress, or ctx is done. Others may begin meanwhile: it is for when nobody asks any more.
+func (f *Fetcher) Drain(ctx context.Context) {
+	for {
+		wait := f.unlanded()
+		if wait == nil {
+			return
+		}
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// unlanded returns what is closed when one of the flights in progress has got further, nil if there are none.
+func (f *Fetcher) unlanded() <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, fl := range f.flights {
+		if wait := fl.pending(); wait != nil {
+			return wait
+		}
+	}
 	return nil
 }
 

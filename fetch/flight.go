@@ -7,11 +7,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -24,6 +27,8 @@ type flight struct {
 	client string         // who asked first
 	// keyring is the ID of the keys at the beginning. What was decided by them must not be remembered for others.
 	keyring string
+	// endpoints are the URLs that the publisher's templates give for the image, in its order.
+	endpoints []string
 
 	landed chan struct{} // closed once the fields below are set
 	// download is nil if the image turned out to be held.
@@ -61,21 +66,35 @@ func (fl *flight) wait(ctx context.Context) error {
 	}
 }
 
+// endpointsFrom returns the endpoints, the given one first.
+func (fl *flight) endpointsFrom(source string) []string {
+	endpoints := []string{source}
+	for _, e := range fl.endpoints {
+		if !slices.Contains(endpoints, e) {
+			endpoints = append(endpoints, e)
+		}
+	}
+	return endpoints
+}
+
 // over reports whether a flight has nothing left to give but what is held already, although it may not have been forgotten yet.
-func (fl *flight) over() bool {
+func (fl *flight) over() bool { return fl.pending() == nil }
+
+// pending returns what is closed when the flight gets further, nil if it is over.
+func (fl *flight) pending() <-chan struct{} {
 	select {
 	case <-fl.landed:
 	default:
-		return false
+		return fl.landed
 	}
 	if fl.download == nil {
-		return true
+		return nil
 	}
 	select {
 	case <-fl.download.decided:
-		return true
+		return nil
 	default:
-		return false
+		return fl.download.decided
 	}
 }
 
@@ -104,8 +123,13 @@ var errClosed = &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Det
 // fly runs a flight to its end.
 func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	var trace acproxy.Trace
-	var err error
-	fl.download, err = f.locate(ctx, fl, &trace)
+	leave, err := f.queue.enter(ctx, fl.client, fl.ref.Host())
+	if err == nil {
+		// Whose bytes come with another flight needs no place of its own.
+		leave = sync.OnceFunc(leave)
+		defer leave()
+		fl.download, err = f.locate(ctx, fl, &trace)
+	}
 	if err != nil {
 		if ctx.Err() != nil {
 			err = errClosed
@@ -119,6 +143,9 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 		return
 	}
 	close(fl.landed)
+	if fl.shared {
+		leave()
+	}
 	<-fl.download.decided
 	f.catchUp(ctx, fl)
 	f.forgetFlight(fl)
@@ -197,6 +224,11 @@ func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) 
 	found, err := f.templates(ctx, fl.ref.Name(), trace)
 	if err != nil {
 		return nil, err
+	}
+	for _, template := range found {
+		if url, err := template.Expand(fl.ref, "aci"); err == nil {
+			fl.endpoints = append(fl.endpoints, url)
+		}
 	}
 	var first error
 	for _, template := range found {
@@ -415,8 +447,8 @@ func (f *Fetcher) markGone(ref acproxy.Ref) {
 	}
 }
 
-// open200 asks for the image and, if the publisher has it, sets the download going. A held unsigned image is asked for conditionally: its
-// validators are all there is to compare.
+// open200 asks for the image, or for the rest of what has arrived of it before, and, if the publisher has it, sets the download going. A held unsigned
+// image is asked for conditionally: its validators are all there is to compare.
 func (f *Fetcher) open200(fl *flight, d *download, trace *acproxy.Trace) error {
 	header := make(http.Header)
 	// What another URL said of the image, or what was made of it for the nodes, means nothing here.
@@ -427,9 +459,16 @@ func (f *Fetcher) open200(fl *flight, d *download, trace *acproxy.Trace) error {
 			}
 		}
 	}
-	// The body outlives this call: the download's own context ends it.
-	resp, attempts, err := f.cfg.Web.Get(d.ctx, d.name, "image", d.source, header)
-	*trace = append(*trace, attempts...)
+	var resp *http.Response
+	partial, err := f.cfg.Store.Resume(d.ctx, d.key)
+	switch {
+	case err == nil:
+		if resp, err = f.takeUp(d, partial, trace); resp == nil {
+			return err
+		}
+	case errors.Is(err, acproxy.ErrNotFound):
+		resp, err = f.get(d, header, trace, nil)
+	}
 	if err != nil {
 		return err
 	}
@@ -443,12 +482,17 @@ func (f *Fetcher) open200(fl *flight, d *download, trace *acproxy.Trace) error {
 	default:
 		err = badStatus("image", d.source, resp)
 	}
+	if err == nil {
+		partial, err = f.cfg.Store.Begin(d.ctx, cache.Arrival{
+			Key: d.key, Ref: fl.ref, Source: d.source, Size: resp.ContentLength, Validators: validators(resp), Began: f.now(),
+		})
+	}
 	if err != nil {
 		// What closing a body that nobody reads says is of no interest.
 		_ = resp.Body.Close()
 		return err
 	}
-	return d.begin(resp)
+	return d.begin(partial, resp.Body, resp.ContentLength, validators(resp))
 }
 
 func (f *Fetcher) checkImageHeader(url string, resp *http.Response) error {
@@ -474,11 +518,10 @@ func tooLarge(url string, limit int64) error {
 }
 
 func badStatus(what, url string, resp *http.Response) error {
-	e := &acproxy.Error{
-		Kind: acproxy.ErrPublisher, Code: "publisher-status",
+	return &acproxy.Error{
+		Kind: acproxy.ErrPublisher, Code: "publisher-status", RetryAfter: web.RetryAfter(resp, time.Now()),
 		Detail: fmt.Sprintf("the publisher answered %s for the %s at %s", resp.Status, what, url),
 	}
-	return e
 }
 
 // traced returns err with the trace of what was tried, as an *acproxy.Error of the same kind.

@@ -77,6 +77,7 @@ type scene struct {
 	clock  *clock
 	change []func(*Config)
 	disk   cache.Options
+	stall  time.Duration // for how long the publisher may say nothing
 
 	store  *cache.Disk
 	client *web.Client
@@ -98,7 +99,7 @@ func newScene(t *testing.T, change ...func(*Config)) *scene {
 	}
 	s := &scene{
 		t: t, pub: pub, dir: t.TempDir(), dirs: trust.Dirs{Local: t.TempDir()}, clock: &clock{now: time.Now()}, change: change,
-		changed: make(chan struct{}),
+		changed: make(chan struct{}), stall: patience,
 	}
 	t.Cleanup(func() { _ = pub.Close() })
 	s.trust("example.com", goodKey())
@@ -127,7 +128,7 @@ func (s *scene) open() {
 		hosts[host] = s.pub.Addr()
 	}
 	s.client = web.New(web.Config{
-		Rules: []web.Rule{{RootCAs: s.pub.CAPool()}}, Hosts: hosts, StallTimeout: patience,
+		Rules: []web.Rule{{RootCAs: s.pub.CAPool()}}, Hosts: hosts, StallTimeout: s.stall,
 		Environment: func(*url.URL) (*url.URL, error) { return nil, nil },
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			s.mu.Lock()
@@ -147,8 +148,8 @@ func (s *scene) open() {
 	s.finder = discovery.New(discovery.Config{Web: s.client, Now: s.clock.Now})
 	cfg := Config{
 		Store: s.store, Discovery: s.finder, Web: s.client, Keyring: s.keys.Current,
-		Policies: []Policy{{TTL: time.Minute, MaxStale: time.Hour}},
-		Log:      slog.New(slog.DiscardHandler), Now: s.clock.Now, Decided: s.decided,
+		Policies: []Policy{{TTL: time.Minute, MaxStale: time.Hour}}, RetryWait: time.Millisecond,
+		Log: slog.New(slog.DiscardHandler), Now: s.clock.Now, Decided: s.decided,
 	}
 	for _, change := range s.change {
 		change(&cfg)
@@ -379,13 +380,19 @@ func wantError(t *testing.T, err, kind error, code string) {
 	}
 }
 
-// wantNothingKept checks that no image is held and no file left over.
-func (s *scene) wantNothingKept() {
+// wantNothingHeld checks that no image is held.
+func (s *scene) wantNothingHeld() {
 	s.t.Helper()
 	records, _, err := s.store.Images(cache.Filter{}, "", 0)
 	if err != nil || len(records) != 0 {
 		s.t.Errorf("held are %d images, %v; want none", len(records), err)
 	}
+}
+
+// wantNothingKept checks that no image is held and no file left over.
+func (s *scene) wantNothingKept() {
+	s.t.Helper()
+	s.wantNothingHeld()
 	left, err := os.ReadDir(filepath.Join(s.dir, "partial"))
 	if err != nil || len(left) != 0 {
 		s.t.Errorf("left over are %v, %v", left, err)

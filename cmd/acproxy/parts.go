@@ -115,7 +115,7 @@ func rootsWith(file string) (*x509.CertPool, error) {
 func newFinder(cfg *config.Config, client *web.Client) *discovery.Finder {
 	d := cfg.Discovery
 	out := discovery.Config{
-		Web: client, PositiveTTL: orNone(d.PositiveTTL), NegativeTTL: orNone(d.NegativeTTL),
+		Web: client, PositiveTTL: orNone[time.Duration](d.PositiveTTL), NegativeTTL: orNone[time.Duration](d.NegativeTTL),
 		MaxPages: d.MaxPages, MaxPageSize: int64(d.MaxPageSize),
 	}
 	for _, p := range cfg.Publishers {
@@ -127,11 +127,11 @@ func newFinder(cfg *config.Config, client *web.Client) *discovery.Finder {
 }
 
 // orNone turns a configured 0, which means none, into what the parts take for none; their 0 means the default.
-func orNone(d config.Duration) time.Duration {
-	if d == 0 {
+func orNone[T int64 | time.Duration, C int | config.Duration](configured C) T {
+	if configured == 0 {
 		return -1
 	}
-	return time.Duration(d)
+	return T(configured)
 }
 
 // policies returns what the operator decided, for everybody first.
@@ -242,7 +242,9 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 	if p.web, err = newWeb(cfg, p.via); err != nil {
 		return p, err
 	}
-	p.store, err = cache.Open(storeDir(cfg), cache.Options{FlushEvery: time.Duration(cfg.Cache.AccessFlush), Log: log})
+	p.store, err = cache.Open(storeDir(cfg), cache.Options{
+		FlushEvery: time.Duration(cfg.Cache.AccessFlush), KeepPartials: orNone[time.Duration](cfg.Cache.KeepPartials), Log: log,
+	})
 	if err != nil {
 		return p, err
 	}
@@ -251,7 +253,9 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 		Store: p.store, Discovery: p.finder, Web: p.web, Keyring: p.keys.Current,
 		Policies: policies(cfg), Allow: cfg.Allow, Offline: cfg.Offline,
 		HoldBack: int64(cfg.Fetch.HoldBack), MaxImageSize: int64(cfg.Fetch.MaxImageSize), MaxSignatureSize: int64(cfg.Fetch.MaxSignatureSize),
-		SignatureWait: orNone(cfg.Fetch.SignatureWait), NegativeTTL: orNone(cfg.Discovery.NegativeTTL), DiscoveryTTL: orNone(cfg.Discovery.PositiveTTL),
+		SignatureWait: orNone[time.Duration](cfg.Fetch.SignatureWait), NegativeTTL: orNone[time.Duration](cfg.Discovery.NegativeTTL), DiscoveryTTL: orNone[time.Duration](cfg.Discovery.PositiveTTL),
+		Retries: orNone[int64](cfg.Fetch.Retries), RetryFor: time.Duration(cfg.Fetch.RetryFor), RetryWait: time.Duration(cfg.Fetch.RetryWait),
+		MaxFlights: int64(cfg.Fetch.MaxFlights), MaxQueue: orNone[int64](cfg.Fetch.MaxQueue), QueueWait: time.Duration(cfg.Fetch.QueueWait),
 		Limits: limits(cfg), Decided: p.decided, Log: log,
 	})
 	return p, nil

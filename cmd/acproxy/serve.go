@@ -62,8 +62,6 @@ const (
 	readHeaderTimeout = 10 * time.Second
 	idleTimeout       = 2 * time.Minute
 	maxHeaderBytes    = 64 << 10
-	// stopGrace is how long requests in progress may take to end when the server is told to stop.
-	stopGrace = 10 * time.Second
 )
 
 // running is an acproxy that serves.
@@ -109,7 +107,12 @@ func (n *running) open(cfg *config.Config, log *slog.Logger) error {
 		default: // a change that nobody has looked at yet stands for this one, too
 		}
 	})
-	// Both end when stop cancels ctx; stop waits for them.
+	// They end when stop cancels ctx; stop waits for them.
+	n.work.Go(func() {
+		if err := n.parts.fetcher.ResumeDownloads(ctx); err != nil && ctx.Err() == nil {
+			log.Error("resuming downloads", "err", err)
+		}
+	})
 	n.work.Go(func() {
 		if err := n.parts.fetcher.ResumeInspections(ctx); err != nil && ctx.Err() == nil {
 			log.Error("resuming inspections", "err", err)
@@ -268,16 +271,23 @@ func (n *running) addresses() []string {
 	return out
 }
 
-// stop ends the server: no new requests, those in progress may end within the grace, then everything is closed.
+// stop ends the server: no new requests, those in progress and the downloads may end within the grace, then everything is closed. What has arrived of
+// an image is kept for the next start.
 func (n *running) stop() error {
-	var errs []error
-	ctx, cancel := context.WithTimeout(context.Background(), stopGrace)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(n.parts.cfg.StopGrace))
 	defer cancel()
-	for _, hs := range n.http {
-		if err := hs.Shutdown(ctx); err != nil {
-			errs = append(errs, ignoreDeadline(err), hs.Close())
-		}
+	errs := make([]error, len(n.http))
+	var listeners sync.WaitGroup
+	for i, hs := range n.http {
+		// All at once, so that none goes on accepting while another one is waited for. Ends with the grace; waited for below.
+		listeners.Go(func() {
+			if err := hs.Shutdown(ctx); err != nil {
+				errs[i] = errors.Join(ignoreDeadline(err), hs.Close())
+			}
+		})
 	}
+	listeners.Wait()
+	n.parts.fetcher.Drain(ctx)
 	if n.admin != nil {
 		errs = append(errs, n.admin.Close())
 	}

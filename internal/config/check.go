@@ -37,6 +37,7 @@ func (c *Config) check(r *report) {
 	c.checkCache(r)
 	c.checkPublishers(r)
 	c.checkPaths(r)
+	notNegative(r, "stop_grace", c.StopGrace)
 	for i, prefix := range c.Allow {
 		checkPrefix(r, index("allow", i), prefix)
 	}
@@ -226,9 +227,7 @@ func (c *Config) checkDial(r *report) {
 	positive(r, "dial.connect_timeout", c.Dial.ConnectTimeout, Default().Dial.ConnectTimeout)
 	positive(r, "dial.timeout", c.Dial.Timeout, Default().Dial.Timeout)
 	positive(r, "dial.stall_timeout", c.Dial.StallTimeout, Default().Dial.StallTimeout)
-	if n := c.Dial.MaxRedirects; (n < 0 || n > 100) && !r.broken("dial.max_redirects") {
-		r.value("dial.max_redirects", "%d is out of range: write a number from 0 to 100", n)
-	}
+	atMost(r, "dial.max_redirects", c.Dial.MaxRedirects, 100)
 	if strings.ContainsFunc(c.Dial.UserAgent, func(c rune) bool { return c < ' ' || c > '~' }) {
 		r.value("dial.user_agent", "%q can't go into a header: write it in one line of ASCII", clip(c.Dial.UserAgent))
 	}
@@ -256,6 +255,12 @@ func (c *Config) checkFetch(r *report) {
 	// What is longer, package trust does not read: it would cost the OpenPGP libraries many times its size in memory.
 	between(r, "fetch.max_signature_size", f.MaxSignatureSize, 1, 1*MiB)
 	notNegative(r, "fetch.signature_wait", f.SignatureWait)
+	atMost(r, "fetch.retries", f.Retries, 10_000)
+	positive(r, "fetch.retry_for", f.RetryFor, defaults.RetryFor)
+	positive(r, "fetch.retry_wait", f.RetryWait, defaults.RetryWait)
+	positive(r, "fetch.max_flights", f.MaxFlights, defaults.MaxFlights)
+	atMost(r, "fetch.max_queue", f.MaxQueue, 1_000_000)
+	positive(r, "fetch.queue_wait", f.QueueWait, defaults.QueueWait)
 	positive(r, "fetch.limits.max_uncompressed", f.Limits.MaxUncompressed, defaults.Limits.MaxUncompressed)
 	positive(r, "fetch.limits.max_ratio", f.Limits.MaxRatio, defaults.Limits.MaxRatio)
 	positive(r, "audit.max_size", c.Audit.MaxSize, Default().Audit.MaxSize)
@@ -285,6 +290,7 @@ func (c *Config) checkFreshness(r *report) {
 
 func (c *Config) checkCache(r *report) {
 	positive(r, "cache.access_flush", c.Cache.AccessFlush, Default().Cache.AccessFlush)
+	notNegative(r, "cache.keep_partials", c.Cache.KeepPartials)
 }
 
 func (c *Config) checkPublishers(r *report) {
@@ -495,6 +501,13 @@ func between(r *report, path string, got, least, most Size) {
 func positive[T int | Size | Duration](r *report, path string, got, example T) {
 	if got <= 0 && !r.broken(path) {
 		r.value(path, "%v is too little: write more, such as %v", got, example)
+	}
+}
+
+// atMost notes a number that is not from 0 to most.
+func atMost(r *report, path string, got, most int) {
+	if (got < 0 || got > most) && !r.broken(path) {
+		r.value(path, "%d is out of range: write a number from 0 to %d", got, most)
 	}
 }
 

@@ -106,6 +106,10 @@ type Config struct {
 	// What acproxy tells about its work, on standard error.
 	Log Log `yaml:"log"`
 
+	// How long requests and downloads in progress may take to end when the server is told to stop. What has arrived of an image by then is kept, and
+	// gone on with at the next start. A second signal does not wait.
+	StopGrace Duration `yaml:"stop_grace"`
+
 	// The file of decisions: which image was accepted or refused, when, by which key and policy, and who asked.
 	Audit Audit `yaml:"audit"`
 
@@ -244,6 +248,26 @@ type Fetch struct {
 	// How long to keep asking for a signature that the publisher has not ready yet (202 Accepted). 0s gives up at once.
 	SignatureWait Duration `yaml:"signature_wait"`
 
+	// How often the publisher of an image is asked for the rest when it breaks off, stalls or resets the connection. What has arrived by then is
+	// kept for the next one who asks. 0 gives up at once.
+	Retries int `yaml:"retries"`
+
+	// How long to go on with that while not a byte comes.
+	RetryFor Duration `yaml:"retry_for"`
+
+	// The pause before the first of these attempts. It doubles from one to the next, up to 15s, and is as long as the publisher's Retry-After at
+	// least.
+	RetryWait Duration `yaml:"retry_wait"`
+
+	// Images that publishers are asked for at once, and half of that for the images of one host.
+	MaxFlights int `yaml:"max_flights"`
+
+	// Images that wait for their turn beyond that. Clients take turns. Whoever comes when it is full is answered with 503 and Retry-After.
+	MaxQueue int `yaml:"max_queue"`
+
+	// How long an image waits for its turn.
+	QueueWait Duration `yaml:"queue_wait"`
+
 	// What an image may hold once it is decompressed.
 	Limits Limits `yaml:"limits"`
 }
@@ -285,6 +309,10 @@ type Freshness struct {
 type Cache struct {
 	// How often times of last use are written down. A crash loses at most these.
 	AccessFlush Duration `yaml:"access_flush"`
+
+	// How long the beginning of an image is kept whose publisher broke off, or that was arriving when the server ended, for somebody to ask for
+	// the rest. 0s drops it at once.
+	KeepPartials Duration `yaml:"keep_partials"`
 }
 
 // Log is what acproxy tells about its work.
@@ -399,6 +427,12 @@ func Default() Config {
 			MaxImageSize:     20 * GiB,
 			MaxSignatureSize: 1 * MiB,
 			SignatureWait:    seconds(30),
+			Retries:          20,
+			RetryFor:         minutes(2),
+			RetryWait:        Duration(200 * time.Millisecond),
+			MaxFlights:       64,
+			MaxQueue:         1000,
+			QueueWait:        minutes(1),
 			Limits: Limits{
 				MaxUncompressed: 64 * GiB,
 				MaxRatio:        200,
@@ -413,13 +447,15 @@ func Default() Config {
 			MaxAge:   minutes(5),
 		},
 		Cache: Cache{
-			AccessFlush: seconds(30),
+			AccessFlush:  seconds(30),
+			KeepPartials: minutes(24 * 60),
 		},
 		Log: Log{
 			Level:  "info",
 			Format: LogText,
 			Access: true,
 		},
+		StopGrace: seconds(10),
 		Audit: Audit{
 			MaxSize:  100 * MiB,
 			MaxFiles: 10,

@@ -15,6 +15,7 @@ import (
 const (
 	sigterm = syscall.SIGTERM
 	sigkill = syscall.SIGKILL
+	sigint  = syscall.SIGINT
 )
 
 func lookPath(name string) (string, error) { return exec.LookPath(name) }
