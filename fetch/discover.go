@@ -30,7 +30,7 @@ func (f *Fetcher) Discover(ctx context.Context, name string) (Discovery, error) 
 	offline := f.policy(name).Offline
 	known, ok := f.cfg.Store.Known(name)
 	switch {
-	case ok && (offline || f.now().Sub(known.When) < f.cfg.DiscoveryTTL):
+	case ok && (offline || f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, name, known.When)):
 		return Discovery{Status: Hit, Templates: learned(known)}, nil
 	case ok:
 		f.refreshDiscovery(name)
@@ -110,7 +110,7 @@ const maxRefreshes = 64
 // templates returns where to ask for an image: what the publisher says now, or what was learned before if it can't say.
 func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Trace) ([]discovery.Template, error) {
 	known, ok := f.cfg.Store.Known(name)
-	if ok && f.now().Sub(known.When) < f.cfg.DiscoveryTTL {
+	if ok && f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, name, known.When) {
 		return learned(known), nil
 	}
 	found, err := f.discover(ctx, name)

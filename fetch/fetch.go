@@ -4,8 +4,11 @@ package fetch
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"io"
 	"log/slog"
 	"sync"
 	"time"
@@ -45,8 +48,11 @@ type Config struct {
 	MaxSignatureSize int64         // bytes of a signature; 0 means trust.MaxSignature, which is also the most
 	SignatureWait    time.Duration // for how long a signature answered with 202 is asked for again; 0 means DefaultSignatureWait, less than 0 not at all
 	NegativeTTL      time.Duration // for how long "not found" and a refusal of an image's content are remembered; 0 means DefaultNegativeTTL, less than 0 not at all
-	DiscoveryTTL     time.Duration // how long what was learned of a name is used before it is refreshed; 0 means DefaultDiscoveryTTL, less than 0 refreshes it every time
-	Limits           aci.Limits
+	// Jitter is the part of every time to live, from 0 to 1, by which it is shortened at random, so that what was learned together isn't asked
+	// for together again.
+	Jitter       float64
+	DiscoveryTTL time.Duration // how long what was learned of a name is used before it is refreshed; 0 means DefaultDiscoveryTTL, less than 0 refreshes it every time
+	Limits       aci.Limits
 
 	// How an image is received whose publisher breaks off: it is asked for the rest, after a pause that grows.
 	Retries   int64         // attempts to go on with one image; 0 means DefaultRetries, less than 0 none
@@ -444,7 +450,7 @@ func (f *Fetcher) belonging(req Request, policy Policy, resolved cache.Resolutio
 	}
 	f.cfg.Store.Touch(rec.Digest)
 	status := Hit
-	if f.now().Sub(resolved.Validated) >= policy.TTL {
+	if f.now().Sub(resolved.Validated) >= f.jittered(policy.TTL, req.Ref.String(), resolved.Validated) {
 		status = Stale
 	}
 	return answer{status: status, resolved: resolved, record: rec}, true
@@ -458,8 +464,8 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 	if !resolved.Gone.IsZero() {
 		asHeld = Gone
 	}
-	age := f.now().Sub(resolved.Validated)
-	if ref.Version() != "" || policy.Offline || age < policy.TTL {
+	age, ttl := f.now().Sub(resolved.Validated), f.jittered(policy.TTL, ref.String(), resolved.Validated)
+	if ref.Version() != "" || policy.Offline || age < ttl {
 		return asHeld, nil, nil
 	}
 	if asHeld == Hit {
@@ -469,7 +475,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 		return asHeld, nil, nil
 	}
 	fl, joined := f.join(req, resolved.Digest)
-	if age < policy.TTL+policy.MaxStale {
+	if age < ttl+policy.MaxStale {
 		return asHeld, nil, nil
 	}
 	switch err := fl.wait(ctx); {
@@ -484,6 +490,20 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 		return Gone, nil, nil
 	}
 	return asHeld, nil, nil
+}
+
+// jittered returns a time to live that is shorter by a random part of it, the same one for the same thing learned at the same time: a restart doesn't
+// change it.
+func (f *Fetcher) jittered(ttl time.Duration, what string, learned time.Time) time.Duration {
+	if f.cfg.Jitter <= 0 || ttl <= 0 {
+		return ttl
+	}
+	h := fnv.New64a()
+	// A hash can't fail (package hash says so).
+	_, _ = io.WriteString(h, what)
+	_ = binary.Write(h, binary.LittleEndian, learned.UnixNano())
+	random := float64(h.Sum64()>>11) / (1 << 53)
+	return ttl - time.Duration(float64(ttl)*f.cfg.Jitter*random)
 }
 
 // fallback answers a ref that can't be asked for at its publisher with the one held image that fits it, if there is exactly one.

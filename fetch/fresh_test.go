@@ -3,8 +3,10 @@ package fetch
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"testing"
 	"time"
 
@@ -121,6 +123,40 @@ func TestGoneUpstreamIsKept(t *testing.T) {
 	if images, _ := s.requests(); images > 2 { // one of them a HEAD, to tell what isn't there from what isn't signed
 		t.Errorf("the image was fetched again: %v", s.pub.Requests())
 	}
+}
+
+// TestTimesToLiveAreShortenedAtRandom: what was learned in the same moment isn't asked for again in the same moment, a time to live is never
+// longer than it was set, and a restart changes nothing about it.
+func TestTimesToLiveAreShortenedAtRandom(t *testing.T) {
+	s := newScene(t, func(c *Config) { c.Jitter = 0.5 })
+	now := s.clock.Now()
+	var ttls []time.Duration
+	for i := range 1000 {
+		ttl := s.f.jittered(time.Hour, fmt.Sprint("example.com/app", i), now)
+		if ttl > time.Hour || ttl <= 30*time.Minute {
+			t.Errorf("the time to live is %v of an hour", ttl)
+		}
+		ttls = append(ttls, ttl)
+	}
+	slices.Sort(ttls)
+	for i, want := range []time.Duration{30 * time.Minute, 45 * time.Minute, time.Hour} {
+		if got := ttls[i*(len(ttls)-1)/2]; (got - want).Abs() > 3*time.Minute {
+			t.Errorf("the %d. of three in order is %v, want about %v", i+1, got, want)
+		}
+	}
+	blob := s.publish(spec("1.0", 10))
+	s.want(s.app(""), blob, Miss)
+	s.idle()
+	resolved, _, err := s.store.Resolve(t.Context(), s.app(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ttl := s.f.jittered(time.Minute, s.app("").String(), resolved.Validated)
+	s.restart()
+	s.clock.advance(ttl - 1)
+	s.want(s.app(""), blob, Hit)
+	s.clock.advance(1)
+	s.want(s.app(""), blob, Stale)
 }
 
 func TestGoneBeyondMaxStaleIsSaidAtOnce(t *testing.T) {
@@ -373,6 +409,9 @@ func TestAVersionThatChanges(t *testing.T) {
 					t.Errorf("%v is not the %s image: %d bytes, %v", ref, test.kept, len(got), err)
 				}
 			}
+			s.idle()
+			s.restart()
+			s.want(s.app("1.0"), want, Hit)
 			refusals, err := s.store.Refusals()
 			if err != nil || (len(refusals) > 0) != (test.policy == RefuseChange && test.kept == "old") {
 				t.Errorf("Refusals = %+v, %v", refusals, err)
@@ -547,12 +586,23 @@ func TestARefusalByKeysThatChangedMeanwhile(t *testing.T) {
 }
 
 func TestOfflineDialsNobody(t *testing.T) {
+	for name, offline := range map[string]func(*Config){
+		"everything": func(c *Config) { c.Offline = true },
+		"one prefix": func(c *Config) {
+			c.Policies = append(c.Policies, Policy{Prefix: "example.com", Offline: true, TTL: time.Minute, MaxStale: time.Hour})
+		},
+	} {
+		t.Run(name, func(t *testing.T) { offlineDialsNobody(t, offline) })
+	}
+}
+
+func offlineDialsNobody(t *testing.T, offline func(*Config)) {
 	s := newScene(t)
 	blob := s.publish(spec("1.0", 10))
 	s.want(s.app("1.0"), blob, Miss)
 	s.want(s.app(""), blob, Hit)
 	s.idle()
-	s.change = append(s.change, func(c *Config) { c.Offline = true })
+	s.change = append(s.change, offline)
 	s.restart()
 	s.pub.ClearRequests()
 	s.noDial = true

@@ -254,6 +254,7 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 		Policies: policies(cfg), Allow: cfg.Allow, Offline: cfg.Offline,
 		HoldBack: int64(cfg.Fetch.HoldBack), MaxImageSize: int64(cfg.Fetch.MaxImageSize), MaxSignatureSize: int64(cfg.Fetch.MaxSignatureSize),
 		SignatureWait: orNone[time.Duration](cfg.Fetch.SignatureWait), NegativeTTL: orNone[time.Duration](cfg.Discovery.NegativeTTL), DiscoveryTTL: orNone[time.Duration](cfg.Discovery.PositiveTTL),
+		Jitter:  float64(cfg.Freshness.Jitter) / 100,
 		Retries: orNone[int64](cfg.Fetch.Retries), RetryFor: time.Duration(cfg.Fetch.RetryFor), RetryWait: time.Duration(cfg.Fetch.RetryWait),
 		MaxFlights: int64(cfg.Fetch.MaxFlights), MaxQueue: orNone[int64](cfg.Fetch.MaxQueue), QueueWait: time.Duration(cfg.Fetch.QueueWait),
 		Limits: limits(cfg), Decided: p.decided, Log: log,

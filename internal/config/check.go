@@ -284,6 +284,7 @@ func (c *Config) checkFetch(r *report) {
 
 func (c *Config) checkFreshness(r *report) {
 	notNegative(r, "freshness.ttl", c.Freshness.TTL)
+	atMost(r, "freshness.jitter", c.Freshness.Jitter, 100)
 	notNegative(r, "freshness.max_stale", c.Freshness.MaxStale)
 	notNegative(r, "freshness.max_age", c.Freshness.MaxAge)
 }

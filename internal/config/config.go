@@ -292,6 +292,10 @@ type Freshness struct {
 	// How long the answer for an image without a version ("latest") is good. 0s asks every time.
 	TTL Duration `yaml:"ttl"`
 
+	// By how many per cent this, and discovery.positive_ttl, is shortened at random for each image, so that what was fetched together is not asked for
+	// again together.
+	Jitter int `yaml:"jitter"`
+
 	// How long after that it is still served at once, said to be stale, and asked for again behind. Later than that a node waits for the
 	// publisher, and gets what is held here only if that gives no answer. 0s always waits.
 	MaxStale Duration `yaml:"max_stale"`
@@ -442,6 +446,7 @@ func Default() Config {
 		},
 		Freshness: Freshness{
 			TTL:      minutes(5),
+			Jitter:   10,
 			MaxStale: minutes(60),
 			OnChange: OnChangeRefuse,
 			MaxAge:   minutes(5),
