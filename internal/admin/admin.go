@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"net/url"
 	"os"
 	"slices"
@@ -146,6 +147,10 @@ func handler(o Options) http.Handler {
 	store := o.Store
 	router := mux.NewRouter()
 	router.Path("/metrics").Methods(http.MethodGet).Handler(o.Metrics)
+	// Profiles show addresses, file names and what is in memory: they are for the user that the server runs as, and never for a listener.
+	router.Path("/debug/pprof/profile").Methods(http.MethodGet).HandlerFunc(pprof.Profile)
+	router.Path("/debug/pprof/trace").Methods(http.MethodGet).HandlerFunc(pprof.Trace)
+	router.PathPrefix("/debug/pprof/").Methods(http.MethodGet).HandlerFunc(pprof.Index)
 	router.Path(api + "keys/reload").Methods(http.MethodPost).HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		o.ReloadKeys()
 		w.WriteHeader(http.StatusNoContent)

@@ -33,6 +33,16 @@ func (s *scene) audited(im image) map[string]fetch.Decision {
 // metrics returns the server's metrics.
 func (s *scene) metrics() string {
 	s.t.Helper()
+	status, body := s.admin("/metrics")
+	if status != http.StatusOK {
+		s.t.Fatalf("the admin socket answers %d for the metrics: %s", status, body)
+	}
+	return body
+}
+
+// admin asks the server on its admin socket.
+func (s *scene) admin(path string) (status int, body string) {
+	s.t.Helper()
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -40,10 +50,22 @@ func (s *scene) metrics() string {
 			return d.DialContext(ctx, "unix", s.path("data", "admin.sock"))
 		},
 	}}
-	req := must(http.NewRequestWithContext(s.context(), http.MethodGet, "http://acproxy/metrics", nil))(s.t)
+	req := must(http.NewRequestWithContext(s.context(), http.MethodGet, "http://acproxy"+path, nil))(s.t)
 	resp := must(client.Do(req))(s.t)
 	defer resp.Body.Close()
-	return string(must(io.ReadAll(resp.Body))(s.t))
+	return resp.StatusCode, string(must(io.ReadAll(resp.Body))(s.t))
+}
+
+// TestProfilesAreForTheUserOfTheServer wants profiles on the admin socket, which is there for the user that the server runs as, and on no listener.
+func TestProfilesAreForTheUserOfTheServer(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "")
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/heap", "/debug/pprof/goroutine", "/debug/pprof/profile?seconds=1", "/debug/pprof/trace?seconds=0.1"} {
+		if status, body := s.admin(path); status != http.StatusOK || body == "" {
+			t.Errorf("the admin socket answers %d for %s, with %d bytes", status, path, len(body))
+		}
+		wantProblem(t, s.get(s.plain()+path), http.StatusNotFound, "no-such-page")
+	}
 }
 
 func TestDecisionsAreToldToOperators(t *testing.T) {
