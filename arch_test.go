@@ -29,10 +29,11 @@ var layers = map[string][]string{
 	"discovery": {".", "internal/web"},
 	"trust":     {".", "internal/durable"},
 	"cache":     {".", "internal/durable"},
-	"fetch":     {".", "discovery", "trust", "cache", "internal/aci", "internal/web"},
+	"fetch":     {".", "discovery", "trust", "cache", "internal/aci", "internal/memo", "internal/web"},
 
 	// What the nouns stand on.
 	"internal/durable": {},
+	"internal/memo":    {},
 	"internal/web":     {"."},
 	"internal/aci":     {"."},
 	"internal/audit":   {},
@@ -40,7 +41,7 @@ var layers = map[string][]string{
 	"internal/config":  {"."},
 
 	// What stands on them.
-	"internal/server":  {".", "discovery", "trust", "fetch", "internal/aci"},
+	"internal/server":  {".", "discovery", "trust", "fetch", "internal/aci", "internal/memo"},
 	"internal/admin":   {".", "cache"},
 	"internal/metrics": {".", "trust", "fetch"},
 

@@ -19,6 +19,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/internal/memo"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -84,8 +85,10 @@ type Fetcher struct {
 
 	negative *gocache.Cache // keyring and ref → remembered error
 	sticky   *gocache.Cache // client and ref → remembered digest of the signature that the client was given
-	verdicts verdicts
-	queue    *queue
+	// signatures remembers signatures by their SHA-256.
+	signatures *memo.Memo[acproxy.Digest, []byte]
+	verdicts   verdicts
+	queue      *queue
 
 	mu        sync.Mutex
 	closed    bool
@@ -114,13 +117,14 @@ func New(cfg Config) *Fetcher {
 	f := &Fetcher{
 		cfg: cfg, log: cfg.Log, now: cfg.Now,
 		// No janitors: they would be goroutines that nobody can stop. What has expired is dropped when the next is added.
-		negative:  gocache.New(cfg.NegativeTTL, 0),
-		sticky:    gocache.New(stickyFor, 0),
-		queue:     newQueue(int(cfg.MaxFlights), int(max(cfg.MaxQueue, 0)), cfg.QueueWait),
-		flights:   make(map[acproxy.Ref]*flight),
-		downloads: make(map[string]*download),
-		learning:  make(map[string]bool),
-		retry:     make(map[acproxy.Ref]time.Time),
+		negative:   gocache.New(cfg.NegativeTTL, 0),
+		sticky:     gocache.New(stickyFor, 0),
+		signatures: memo.New[acproxy.Digest, []byte](maxMemoSignatures),
+		queue:      newQueue(int(cfg.MaxFlights), int(max(cfg.MaxQueue, 0)), cfg.QueueWait),
+		flights:    make(map[acproxy.Ref]*flight),
+		downloads:  make(map[string]*download),
+		learning:   make(map[string]bool),
+		retry:      make(map[acproxy.Ref]time.Time),
 	}
 	if f.log == nil {
 		f.log = slog.Default()
@@ -213,6 +217,9 @@ type Request struct {
 	Client string
 }
 
+// moves reports whether the ref may move on to another image between a client's two requests: only one without a version can.
+func (r Request) moves() bool { return r.Client != "" && r.Ref.Version() == "" }
+
 // stickyFor is how long a client may take between asking for a signature and asking for the image.
 const stickyFor = 2 * time.Minute
 
@@ -258,16 +265,19 @@ func (f *Fetcher) Image(ctx context.Context, req Request) (*Image, error) {
 // A Signature is a detached OpenPGP signature as its publisher published it.
 type Signature struct {
 	Status   Status
-	Bytes    []byte    // armored or binary; nil if the image is unsigned and policy accepts that
-	Modified time.Time // as the image's
-	Later    bool      // the publisher wants to be asked again once the image was fetched
+	Bytes    []byte         // armored or binary; nil if the image is unsigned and policy accepts that
+	Modified time.Time      // as the image's
+	Later    bool           // the publisher wants to be asked again once the image was fetched
+	Digest   acproxy.Digest // SHA-256 of Bytes
 }
 
 // Signature returns the signature of the image that a ref asks for, once a key that is trusted for its name is known to have made it. An
 // unsigned image that policy accepts gives an error matching [acproxy.ErrNotFound].
 func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error) {
 	// Who asks for a signature begins anew. A client that asks more often than it is forgotten would never see the next image otherwise.
-	f.sticky.Delete(stickyKey(req))
+	if req.moves() {
+		f.sticky.Delete(stickyKey(req))
+	}
 	a, err := f.answer(ctx, req)
 	if err != nil {
 		return Signature{}, err
@@ -279,18 +289,19 @@ func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error)
 		if d.signature == nil {
 			return Signature{}, unsigned(req.Ref.String())
 		}
-		f.stick(req, sha256.Sum256(d.signature))
-		return Signature{Status: a.status, Bytes: d.signature, Modified: a.modified}, nil
+		sum := sha256.Sum256(d.signature)
+		f.stick(req, sum)
+		return Signature{Status: a.status, Bytes: d.signature, Modified: a.modified, Digest: sum}, nil
 	}
 	if !a.record.Signed {
 		return Signature{}, unsigned(req.Ref.String())
 	}
-	sig, err := f.cfg.Store.Signature(a.record.Digest)
+	sig, err := f.SignatureOf(a.record)
 	if err != nil {
 		return Signature{}, fmt.Errorf("reading the signature of %v: %w", req.Ref, err)
 	}
 	f.stick(req, a.record.SignatureDigest)
-	return Signature{Status: a.status, Bytes: sig, Modified: a.resolved.Modified}, nil
+	return Signature{Status: a.status, Bytes: sig, Modified: a.resolved.Modified, Digest: a.record.SignatureDigest}, nil
 }
 
 // SignatureOf returns the signature of a held image, as published.
@@ -298,8 +309,21 @@ func (f *Fetcher) SignatureOf(rec cache.Record) ([]byte, error) {
 	if !rec.Signed {
 		return nil, unsigned(rec.Name)
 	}
-	return f.cfg.Store.Signature(rec.Digest)
+	if sig, ok := f.signatures.Get(rec.SignatureDigest); ok {
+		return sig, nil
+	}
+	sig, err := f.cfg.Store.Signature(rec.Digest)
+	if err == nil && len(sig) <= maxMemoSignature && sha256.Sum256(sig) == rec.SignatureDigest {
+		f.signatures.Put(rec.SignatureDigest, sig)
+	}
+	return sig, err
 }
+
+const (
+	// maxMemoSignatures bounds the signatures that are remembered, and maxMemoSignature each of them, in bytes.
+	maxMemoSignatures = 4096
+	maxMemoSignature  = 8 << 10
+)
 
 func unsigned(what string) error {
 	return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "unsigned", Detail: what + " has no signature; the policy of its prefix accepts it without one"}
@@ -430,6 +454,9 @@ func (f *Fetcher) held(ctx context.Context, req Request, policy Policy, resolved
 // belonging answers with the image that the signature belongs to which the client was given a moment ago, whatever the publisher calls latest by
 // now: together they are right, and one of each is not.
 func (f *Fetcher) belonging(req Request, policy Policy, resolved cache.Resolution, rec cache.Record) (answer, bool) {
+	if !req.moves() {
+		return answer{}, false
+	}
 	stuck, ok := recall[acproxy.Digest](f.sticky, stickyKey(req), f.now())
 	if !ok {
 		return answer{}, false
@@ -535,8 +562,7 @@ func stickyKey(req Request) string { return req.Client + " " + req.Ref.String() 
 
 // stick remembers which signature, by its SHA-256, a client was given.
 func (f *Fetcher) stick(req Request, signature acproxy.Digest) {
-	// Only a ref without a version can move on to another image between the two requests.
-	if req.Client != "" && req.Ref.Version() == "" {
+	if req.moves() {
 		remember(f.sticky, maxSticky, stickyKey(req), signature, f.now().Add(stickyFor))
 	}
 }

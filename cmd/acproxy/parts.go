@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -28,19 +27,6 @@ import (
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
-
-// newLogger returns the log as configured.
-func newLogger(cfg config.Log, w io.Writer) (*slog.Logger, error) {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(cfg.Level)); err != nil {
-		return nil, err
-	}
-	options := &slog.HandlerOptions{Level: level}
-	if cfg.Format == config.LogJSON {
-		return slog.New(slog.NewJSONHandler(w, options)), nil
-	}
-	return slog.New(slog.NewTextHandler(w, options)), nil
-}
 
 // newWeb returns the connections to publishers. via marks requests as this server's.
 func newWeb(cfg *config.Config, via string) (*web.Client, error) {

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -32,16 +33,20 @@ func newServe(o *options) *cobra.Command {
 		Long: `serve answers nodes until it is told to stop (SIGINT or SIGTERM). Without any configuration it keeps everything under the data directory and
 listens on 127.0.0.1:8080, as direct URLs, as HTTP proxy and for hosts that resolve to it.`,
 		Args: args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			cfg, err := o.load()
 			if err != nil {
 				return err
 			}
-			log, err := newLogger(cfg.Log, cmd.ErrOrStderr())
+			log, err := newLogs(cfg.Log, cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}
-			n, err := start(cfg, log)
+			defer func() { err = errors.Join(err, log.Close()) }()
+			if os.Getenv("GOGC") == "" {
+				debug.SetGCPercent(gcPercent)
+			}
+			n, err := start(cfg, log.Logger, log.access)
 			if err != nil {
 				return err
 			}
@@ -56,6 +61,10 @@ listens on 127.0.0.1:8080, as direct URLs, as HTTP proxy and for hosts that reso
 		},
 	}
 }
+
+// gcPercent lets the heap grow to five times of what is in use before it is collected. That is a few megabytes, which an answer from memory would otherwise
+// have collected hundreds of times a second. GOGC in the environment goes before.
+const gcPercent = 400
 
 // Limits of the listeners.
 const (
@@ -82,21 +91,21 @@ type bound struct {
 	net.Listener
 }
 
-// start opens everything and listens. It returns once all listeners accept connections.
-func start(cfg *config.Config, log *slog.Logger) (*running, error) {
+// start opens everything and listens. It returns once all listeners accept connections. access gets a line for each request, unless it is nil.
+func start(cfg *config.Config, log, access *slog.Logger) (*running, error) {
 	p, err := newParts(cfg, log)
 	if err != nil {
 		return nil, err
 	}
 	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+1)}
-	if err := n.open(cfg, log); err != nil {
+	if err := n.open(cfg, log, access); err != nil {
 		return nil, errors.Join(err, n.stop())
 	}
 	return n, nil
 }
 
-func (n *running) open(cfg *config.Config, log *slog.Logger) error {
-	n.server = server.New(n.serverConfig(cfg, log))
+func (n *running) open(cfg *config.Config, log, access *slog.Logger) error {
+	n.server = server.New(n.serverConfig(cfg, log, access))
 	ctx, cancel := context.WithCancel(context.Background())
 	n.stopWork = cancel
 	warnOfKeys(n.parts.keys.Current(), log)
@@ -169,10 +178,10 @@ func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
 	}
 }
 
-func (n *running) serverConfig(cfg *config.Config, log *slog.Logger) server.Config {
+func (n *running) serverConfig(cfg *config.Config, log, access *slog.Logger) server.Config {
 	out := server.Config{
 		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
-		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, AccessLog: cfg.Log.Access, Log: log,
+		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, AccessLog: access, Log: log,
 		AllKeys: cfg.Trust.Publish == config.PublishAll, ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
 	}
 	if cfg.PublicURL != "" {

@@ -38,6 +38,7 @@ func (c *Config) check(r *report) {
 	c.checkPublishers(r)
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)
+	notNegative(r, "log.access_flush", c.Log.AccessFlush)
 	for i, prefix := range c.Allow {
 		checkPrefix(r, index("allow", i), prefix)
 	}

@@ -329,6 +329,9 @@ type Log struct {
 
 	// Whether every request gets a line.
 	Access bool `yaml:"access"`
+
+	// How long these lines may wait, to be written together. A crash loses them. 0s writes each at once.
+	AccessFlush Duration `yaml:"access_flush"`
 }
 
 // Audit is the file of decisions.
@@ -459,6 +462,8 @@ func Default() Config {
 			Level:  "info",
 			Format: LogText,
 			Access: true,
+
+			AccessFlush: seconds(1),
 		},
 		StopGrace: seconds(10),
 		Audit: Audit{

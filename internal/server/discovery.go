@@ -1,16 +1,21 @@
 package server
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
 	"html/template"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/gorilla/mux"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/trust"
 )
 
 // discovery answers https://NAME?ac-discovery=1: the page on which a node finds out where to get the images of that name, and their keys.
@@ -19,29 +24,60 @@ func (s *Server) discovery(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	noteRef(r, name)
+	noteRef(w, name)
 	found, err := s.cfg.Fetcher.Discover(r.Context(), name)
 	if err != nil {
 		return err
 	}
-	page := discoveryPage{Name: name}
-	templates := rewrite(found.Templates, s.publicBase(r), name)
-	for _, t := range templates {
-		page.Tags = append(page.Tags, tag{Name: "ac-discovery", Content: t.Prefix + " " + t.URL})
+	keyring, base := s.cfg.Keyring(), s.publicBase(r)
+	key := pageKey{requestScheme(r), r.Host, name}
+	p, ok := s.pages.Get(key)
+	if !ok || p.keyring != keyring || !slices.Equal(p.templates, found.Templates) || !p.until.IsZero() && !s.now().Before(p.until) {
+		if p, err = s.makePage(r, name, base, keyring, found.Templates); err != nil {
+			return err
+		}
+		if len(r.Host)+len(name) <= maxMemoURL {
+			s.pages.Put(key, p)
+		}
 	}
-	page.Keys = s.keyTags(r, name)
-	for _, k := range page.Keys {
-		page.Tags = append(page.Tags, tag{Name: "ac-discovery-pubkeys", Content: k.Content})
+	w.Header()["Cache-Status"] = cacheStatus(found.Status)
+	p.served.serve(w, r, time.Time{})
+	return nil
+}
+
+// pageKey is what a discovery page is made for: who asks under another host name gets other URLs.
+type pageKey struct{ scheme, host, name string }
+
+// page is a discovery page, and what it was made of. It holds for as long as that stays the same.
+type page struct {
+	keyring   *trust.Keyring
+	templates []discovery.Template // the publisher's
+	until     time.Time            // when one of its keys expires; zero if none does
+	served    *small
+}
+
+func (s *Server) makePage(r *http.Request, name, base string, keyring *trust.Keyring, publisher []discovery.Template) (*page, error) {
+	p := &page{keyring: keyring, templates: publisher}
+	content := discoveryPage{Name: name}
+	for _, t := range rewrite(publisher, base, name) {
+		content.Tags = append(content.Tags, tag{Name: "ac-discovery", Content: t.Prefix + " " + t.URL})
 	}
-	for _, t := range found.Templates {
-		page.Publisher = append(page.Publisher, t.URL)
+	content.Keys, p.until = s.keyTags(r, keyring, name)
+	for _, k := range content.Keys {
+		content.Tags = append(content.Tags, tag{Name: "ac-discovery-pubkeys", Content: k.Content})
 	}
-	h := w.Header()
-	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("Cache-Status", cacheStatus(found.Status))
-	h.Set("Cache-Control", "no-cache")
-	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
-	return gone(discoveryHTML.Execute(w, page))
+	for _, t := range publisher {
+		content.Publisher = append(content.Publisher, t.URL)
+	}
+	var body bytes.Buffer
+	if err := discoveryHTML.Execute(&body, content); err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(body.Bytes())
+	p.served = newSmall("text/html; charset=utf-8", fmt.Sprintf(`"p-%x"`, sum[:16]), body.Bytes())
+	p.served.header["Cache-Control"] = []string{"no-cache"}
+	p.served.header["Content-Security-Policy"] = []string{"default-src 'none'; style-src 'unsafe-inline'"}
+	return p, nil
 }
 
 // requestName returns the image name that a discovery request is about: the host, without a port, and the path.
@@ -104,16 +140,20 @@ type keyTag struct {
 
 // keyTags returns the tags of the keys that are trusted for a name, those that rkt can read before, or without, the others: one it can't stops it from
 // reading those after it. Key
-// URLs stay with the host the client came by, because rkt reads keys over https only, whatever public_url says of the images.
-func (s *Server) keyTags(r *http.Request, name string) []keyTag {
+// URLs stay with the host the client came by, because rkt reads keys over https only, whatever public_url says of the images. until is when the first
+// of them expires.
+func (s *Server) keyTags(r *http.Request, keyring *trust.Keyring, name string) (found []keyTag, until time.Time) {
 	base := requestScheme(r) + "://" + r.Host
 	if u := s.cfg.PublicURL; u != nil && u.Scheme == "https" {
 		base = s.publicBase(r)
 	}
 	var tags, unreadable []keyTag
-	for _, key := range s.cfg.Keyring().Keys(name) {
+	for _, key := range keyring.Keys(name) {
 		if key.Revoked || !key.Expires.IsZero() && !s.now().Before(key.Expires) {
 			continue
+		}
+		if !key.Expires.IsZero() && (until.IsZero() || key.Expires.Before(until)) {
+			until = key.Expires
 		}
 		prefix := key.Prefix
 		if prefix == "" {
@@ -128,7 +168,7 @@ func (s *Server) keyTags(r *http.Request, name string) []keyTag {
 			unreadable = append(unreadable, t)
 		}
 	}
-	return append(tags, unreadable...)
+	return append(tags, unreadable...), until
 }
 
 type tag struct{ Name, Content string }

@@ -35,19 +35,39 @@ const (
 //
 // and both with .aci.asc for the signature.
 func (s *Server) image(w http.ResponseWriter, r *http.Request) error {
-	path, ext, err := splitExt(strings.TrimPrefix(r.URL.EscapedPath(), imagesPath))
-	if err != nil {
-		return err
+	key := requested{r.URL.EscapedPath(), r.URL.RawQuery}
+	known, ok := s.refs.Get(key)
+	if !ok {
+		path, ext, err := splitExt(strings.TrimPrefix(key.path, imagesPath))
+		if err != nil {
+			return err
+		}
+		if strings.HasPrefix(path, "sha512-") {
+			return s.byImageID(w, r, path, ext)
+		}
+		ref, err := directRef(path, key.query)
+		if err != nil {
+			return err
+		}
+		known = asked{ref, ext}
+		if len(key.path)+len(key.query) <= maxMemoURL {
+			s.refs.Put(key, known)
+		}
 	}
-	if strings.HasPrefix(path, "sha512-") {
-		return s.byImageID(w, r, path, ext)
-	}
-	ref, err := directRef(path, r.URL.RawQuery)
-	if err != nil {
-		return err
-	}
-	return s.serveRef(w, r, ref, ext)
+	return s.serveRef(w, r, known.ref, known.ext)
 }
+
+// requested is a URL as it was asked for, asked what that means.
+type (
+	requested struct{ path, query string }
+	asked     struct {
+		ref acproxy.Ref
+		ext string
+	}
+)
+
+// maxMemoURL is the longest URL that is remembered, in bytes.
+const maxMemoURL = 512
 
 // splitExt takes the extension off the end of a path, which it also decodes.
 func splitExt(escaped string) (path, ext string, err error) {
@@ -100,7 +120,7 @@ func directPath(ref acproxy.Ref, ext string) string {
 
 // serveRef is where all front doors meet that ask for an image or a signature by name.
 func (s *Server) serveRef(w http.ResponseWriter, r *http.Request, ref acproxy.Ref, ext string) error {
-	noteRef(r, ref.String())
+	noteRef(w, ref.String())
 	req := fetch.Request{Ref: ref, Client: client(r)}
 	if ext == extSignature {
 		sig, err := s.cfg.Fetcher.Signature(r.Context(), req)
@@ -123,7 +143,7 @@ func (s *Server) byImageID(w http.ResponseWriter, r *http.Request, id, ext strin
 	if err != nil {
 		return err
 	}
-	noteRef(r, id)
+	noteRef(w, id)
 	im, err := s.cfg.Fetcher.ByImageID(r.Context(), digits)
 	if err != nil {
 		return err
@@ -137,7 +157,7 @@ func (s *Server) byImageID(w http.ResponseWriter, r *http.Request, id, ext strin
 	if err != nil {
 		return err
 	}
-	return s.serveSignature(w, r, acproxy.Ref{}, fetch.Signature{Status: im.Status, Bytes: sig, Modified: im.Modified})
+	return s.serveSignature(w, r, acproxy.Ref{}, fetch.Signature{Status: im.Status, Bytes: sig, Modified: im.Modified, Digest: im.Record.SignatureDigest})
 }
 
 // serveSignature sends a signature in the form that rkt reads: armored.
@@ -149,16 +169,18 @@ func (s *Server) serveSignature(w http.ResponseWriter, r *http.Request, ref acpr
 		w.WriteHeader(http.StatusAccepted)
 		return nil
 	}
-	armored, err := trust.ArmorSignature(sig.Bytes)
-	if err != nil {
-		return err
+	served, ok := s.signatures.Get(sig.Digest)
+	if !ok {
+		armored, err := trust.ArmorSignature(sig.Bytes)
+		if err != nil {
+			return err
+		}
+		sum := sha256.Sum256(armored)
+		served = newSmall("application/pgp-signature", fmt.Sprintf(`"a-%x"`, sum[:16]), armored)
+		served.header["Repr-Digest"] = []string{reprDigest(sum)}
+		s.signatures.Put(sig.Digest, served)
 	}
-	sum := sha256.Sum256(armored)
-	h := w.Header()
-	h.Set("Content-Type", "application/pgp-signature")
-	h.Set("ETag", fmt.Sprintf(`"a-%x"`, sum[:16]))
-	h.Set("Repr-Digest", reprDigest(sum))
-	http.ServeContent(w, r, "", sig.Modified, bytes.NewReader(armored))
+	served.serve(w, r, sig.Modified)
 	return nil
 }
 
@@ -169,33 +191,31 @@ func reprDigest(sum [sha256.Size]byte) string {
 // cacheHeader says how the answer came about (RFC 9211), and for how long it may be used again.
 func (s *Server) cacheHeader(w http.ResponseWriter, status fetch.Status, ref acproxy.Ref) {
 	h := w.Header()
-	h.Set("Cache-Status", cacheStatus(status))
-	age := s.cfg.MaxAge
+	h["Cache-Status"] = cacheStatus(status)
+	h["Cache-Control"] = s.maxAge
 	if !ref.IsZero() && ref.Version() == "" {
-		age = min(age, s.cfg.TTL)
+		h["Cache-Control"] = s.maxAgeLatest
 	}
-	if age == 0 {
-		h.Set("Cache-Control", "no-cache")
-		return
-	}
-	h.Set("Cache-Control", "max-age="+strconv.Itoa(int(age.Seconds())))
 }
 
-func cacheStatus(status fetch.Status) string {
-	switch status {
-	case fetch.Hit:
-		return "acproxy; hit"
-	case fetch.Stale:
-		return "acproxy; hit; detail=STALE"
-	case fetch.Gone:
-		return "acproxy; hit; detail=GONE"
-	case fetch.Revalidated:
-		return "acproxy; hit; detail=REVALIDATED"
-	case fetch.Joined:
-		return "acproxy; fwd=uri-miss; collapsed"
+func cacheControl(age time.Duration) []string {
+	if age == 0 {
+		return []string{"no-cache"}
 	}
-	return "acproxy; fwd=uri-miss"
+	return []string{"max-age=" + strconv.Itoa(int(age.Seconds()))}
 }
+
+var statuses = map[fetch.Status][]string{
+	fetch.Hit:         {"acproxy; hit"},
+	fetch.Stale:       {"acproxy; hit; detail=STALE"},
+	fetch.Gone:        {"acproxy; hit; detail=GONE"},
+	fetch.Revalidated: {"acproxy; hit; detail=REVALIDATED"},
+	fetch.Joined:      {"acproxy; fwd=uri-miss; collapsed"},
+	fetch.Miss:        {"acproxy; fwd=uri-miss"},
+}
+
+// cacheStatus returns the value of Cache-Status, which must not be changed.
+func cacheStatus(status fetch.Status) []string { return statuses[status] }
 
 // serveImage sends an image, held or arriving.
 func (s *Server) serveImage(w http.ResponseWriter, r *http.Request, im *fetch.Image) error {
@@ -286,7 +306,7 @@ func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span 
 		offset += n
 	}
 	if err != nil {
-		note(r, err)
+		note(w, err)
 		panic(http.ErrAbortHandler)
 	}
 }

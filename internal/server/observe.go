@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 	"time"
@@ -11,49 +12,37 @@ import (
 	"github.com/acproxy/acproxy"
 )
 
-// observed is what the access line says about a request besides what HTTP does. It belongs to the request's goroutine.
-type observed struct {
-	id     string
-	ref    string
-	status int // of a connection that was taken over, which the recorder doesn't see
-	err    error
-}
-
-type observedKey struct{}
-
 // note records how a request failed for its access line.
-func note(r *http.Request, err error) {
-	if o, ok := r.Context().Value(observedKey{}).(*observed); ok {
-		o.err = err
+func note(w http.ResponseWriter, err error) {
+	if rec, ok := w.(*recorder); ok {
+		rec.err = err
 	}
 }
 
 // noteTakenOver records that a connection was taken over after a 200.
-func noteTakenOver(r *http.Request) {
-	if o, ok := r.Context().Value(observedKey{}).(*observed); ok {
-		o.status = http.StatusOK
+func noteTakenOver(w http.ResponseWriter) {
+	if rec, ok := w.(*recorder); ok {
+		rec.status = http.StatusOK
 	}
 }
 
 // noteRef records what a request asked for.
-func noteRef(r *http.Request, ref string) {
-	if o, ok := r.Context().Value(observedKey{}).(*observed); ok {
-		o.ref = ref
+func noteRef(w http.ResponseWriter, ref string) {
+	if rec, ok := w.(*recorder); ok {
+		rec.ref = ref
 	}
 }
 
 // observe gives every request an ID, refuses loops and writes one access line.
 func (s *Server) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		started := s.now()
-		o := &observed{id: requestID(r)}
-		r = r.WithContext(context.WithValue(r.Context(), observedKey{}, o))
-		rec := &recorder{ResponseWriter: w}
-		rec.Header().Set("X-Request-Id", o.id)
-		if s.cfg.AccessLog {
-			defer func() { s.access(r, rec, o, s.now().Sub(started)) }()
+		rec := &recorder{ResponseWriter: w, id: requestID(r)}
+		rec.Header()["X-Request-Id"] = []string{rec.id}
+		if s.cfg.AccessLog != nil {
+			started := s.now()
+			defer func() { s.access(r, rec, s.now().Sub(started)) }()
 		}
-		if s.cfg.Via != "" && strings.Contains(strings.Join(r.Header.Values("Via"), ","), s.cfg.Via) {
+		if via := r.Header["Via"]; via != nil && s.cfg.Via != "" && strings.Contains(strings.Join(via, ","), s.cfg.Via) {
 			s.fail(rec, r, &statusError{http.StatusLoopDetected, &acproxy.Error{
 				Kind: acproxy.ErrPublisher, Code: "loop",
 				Detail: "this proxy was asked by itself: the name " + r.Host + " resolves to it here too; set dial.hosts or dial.resolver in its configuration so that it finds the publisher",
@@ -72,28 +61,31 @@ func requestID(r *http.Request) string {
 	return id
 }
 
-func (s *Server) access(r *http.Request, rec *recorder, o *observed, took time.Duration) {
-	if o.status != 0 {
-		rec.status = o.status
+func (s *Server) access(r *http.Request, rec *recorder, took time.Duration) {
+	attrs := make([]slog.Attr, 0, 14)
+	attrs = append(attrs,
+		slog.String("id", rec.id), slog.String("client", client(r)), slog.String("method", r.Method), slog.String("host", r.Host),
+		slog.String("path", r.URL.RequestURI()), slog.String("proto", r.Proto), slog.Int("status", rec.status), slog.Int64("bytes", rec.bytes),
+		slog.Duration("took", took), slog.String("cache", rec.Header().Get("Cache-Status")),
+	)
+	if rec.ref != "" {
+		attrs = append(attrs, slog.String("ref", rec.ref))
 	}
-	attrs := []any{
-		"id", o.id, "client", client(r), "method", r.Method, "host", r.Host, "path", r.URL.RequestURI(), "proto", r.Proto,
-		"status", rec.status, "bytes", rec.bytes, "took", took, "cache", rec.Header().Get("Cache-Status"),
+	if rec.err != nil {
+		attrs = append(attrs, slog.Any("err", rec.err))
 	}
-	if o.ref != "" {
-		attrs = append(attrs, "ref", o.ref)
-	}
-	if o.err != nil {
-		attrs = append(attrs, "err", o.err)
-	}
-	s.log.Info("request", attrs...)
+	s.cfg.AccessLog.LogAttrs(context.Background(), slog.LevelInfo, "request", attrs...)
 }
 
-// recorder sees the status and the bytes of a response go by.
+// recorder sees the status and the bytes of a response go by, and keeps what else its access line says. It belongs to the request's goroutine.
 type recorder struct {
 	http.ResponseWriter
 	status int
 	bytes  int64
+
+	id  string
+	ref string
+	err error
 }
 
 // Unwrap lets [http.ResponseController] reach the connection.

@@ -69,7 +69,7 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		s.log.Error("request failed", "host", r.Host, "path", r.URL.EscapedPath(), "err", err)
 		p.Detail = "something is wrong inside this proxy; its log says what"
 	}
-	note(r, err)
+	note(w, err)
 	h := w.Header()
 	for _, name := range []string{"Content-Length", "Content-Range", "ETag", "Last-Modified", "Repr-Digest", "Accept-Ranges"} {
 		h.Del(name)

@@ -82,7 +82,7 @@ func takeOver(w http.ResponseWriter, r *http.Request) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	noteTakenOver(r)
+	noteTakenOver(w)
 	// The server's deadlines were for the request.
 	err = conn.SetDeadline(time.Time{})
 	if err == nil {

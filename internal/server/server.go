@@ -17,6 +17,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/internal/memo"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -47,7 +48,7 @@ type Config struct {
 	Tunnel      bool                                                        // let other hosts through untouched
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
 
-	AccessLog bool
+	AccessLog *slog.Logger     // gets a line for each request; nil means none are written
 	Log       *slog.Logger     // nil means slog.Default
 	Now       func() time.Time // nil means time.Now
 }
@@ -58,6 +59,13 @@ type Server struct {
 	log    *slog.Logger
 	now    func() time.Time
 	router *mux.Router
+
+	// What is made of a request or for an answer, and made again for the next one otherwise.
+	refs       *memo.Memo[requested, asked]
+	signatures *memo.Memo[acproxy.Digest, *small]
+	pages      *memo.Memo[pageKey, *page]
+	// The values of Cache-Control for what has a version and what hasn't.
+	maxAge, maxAgeLatest []string
 
 	inner *inner // serves terminated CONNECT connections; nil if none are
 
@@ -77,6 +85,8 @@ func New(cfg Config) *Server {
 		s.now = time.Now
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.refs, s.signatures, s.pages = memo.New[requested, asked](maxMemo), memo.New[acproxy.Digest, *small](maxMemo), memo.New[pageKey, *page](maxMemo)
+	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {
 		s.inner = newInner(s)
@@ -94,6 +104,9 @@ func (s *Server) Close() error {
 	return s.inner.close()
 }
 
+// maxMemo bounds each of the things that are remembered to be had at once: a few kilobytes each.
+const maxMemo = 4096
+
 // handler answers a request, or returns why it can't; [Server.fail] turns that into the response.
 type handler func(w http.ResponseWriter, r *http.Request) error
 
@@ -102,25 +115,36 @@ func (s *Server) routes() *mux.Router {
 	router := mux.NewRouter().SkipClean(true).UseEncodedPath()
 	handle := func(route *mux.Route, h handler) { route.Handler(s.wrap(h)) }
 	get := func(h handler) handler { return only(h, http.MethodGet, http.MethodHead) }
+	// The router's own PathPrefix and Queries are regular expressions, ten times as slow.
+	under := func(prefix string) mux.MatcherFunc {
+		return func(r *http.Request, _ *mux.RouteMatch) bool { return strings.HasPrefix(r.URL.EscapedPath(), prefix) }
+	}
 
-	handle(router.PathPrefix(imagesPath), get(s.image))
-	handle(router.PathPrefix(mesosPath), get(s.mesos))
-	handle(router.PathPrefix(keysPath), get(s.key))
+	handle(router.MatcherFunc(under(imagesPath)), get(s.image))
+	handle(router.MatcherFunc(isDiscovery), get(s.discovery))
+	handle(router.MatcherFunc(under(mesosPath)), get(s.mesos))
+	handle(router.MatcherFunc(under(keysPath)), get(s.key))
 	handle(router.Path(Root+"ca.pem"), get(s.caCertificate))
 	handle(router.Path(Root+"healthz"), get(s.health))
-	handle(router.PathPrefix(Root), get(s.unknown))
-	handle(router.Queries("ac-discovery", "{flag}"), get(s.discovery))
+	handle(router.MatcherFunc(under(Root)), get(s.unknown))
 	handle(router.MatcherFunc(isImagePath), get(s.publisherURL))
 	handle(router.Path("/"), get(s.landing))
 	router.NotFoundHandler = s.wrap(get(s.unknown))
 	return router
 }
 
+// isDiscovery matches requests for discovery pages: those with the parameter ac-discovery, whatever its value, on a path that isn't ours.
+func isDiscovery(r *http.Request, _ *mux.RouteMatch) bool {
+	if r.URL.RawQuery == "ac-discovery=1" {
+		return !strings.HasPrefix(r.URL.EscapedPath(), Root)
+	}
+	return strings.Contains(r.URL.RawQuery, "ac-discovery") && r.URL.Query().Has("ac-discovery") && !strings.HasPrefix(r.URL.EscapedPath(), Root)
+}
+
 // Handler returns the handler for a listener. With proxy it also is a front door for clients that have acproxy as their HTTP proxy: CONNECT and
 // absolute-form requests.
 func (s *Server) Handler(proxy bool) http.Handler {
-	routed := http.Handler(s.router)
-	direct := s.observe(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return s.observe(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.Method == http.MethodConnect || r.URL.IsAbs():
 			if !proxy {
@@ -129,10 +153,17 @@ func (s *Server) Handler(proxy bool) http.Handler {
 			}
 			s.wrap(s.proxy).ServeHTTP(w, r)
 		default:
-			routed.ServeHTTP(w, r)
+			s.route(w, r)
 		}
 	}))
-	return direct
+}
+
+// route hands a request to the handler of its route. The router's own ServeHTTP would copy the request twice to add what nobody here asks for.
+func (s *Server) route(w http.ResponseWriter, r *http.Request) {
+	var match mux.RouteMatch
+	// There always is one: what fits no route is for the router's NotFoundHandler.
+	s.router.Match(r, &match)
+	match.Handler.ServeHTTP(w, r)
 }
 
 // wrap turns a handler into an http.Handler: the one place where an error becomes a response.

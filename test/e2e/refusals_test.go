@@ -229,7 +229,7 @@ func TestOldHTTPWaitsForTheVerdict(t *testing.T) {
 
 func TestPublishersFaults(t *testing.T) {
 	t.Parallel()
-	s := newScene(t, "dial: {timeout: 700ms, stall_timeout: 700ms}")
+	s := newScene(t, "dial: {timeout: 700ms, stall_timeout: 700ms}\nfetch: {retries: 0}")
 	for i, tt := range []struct {
 		name   string
 		fault  publisher.Fault
@@ -248,7 +248,7 @@ func TestPublishersFaults(t *testing.T) {
 		{"the connection is closed at once", publisher.Fault{CloseConnection: true}, 502, false},
 		{"it ends short", publisher.Fault{TruncateAfter: publisher.At(200 << 10)}, 502, false},
 		{"it ends short, of no known length", publisher.Fault{TruncateAfter: publisher.At(200 << 10), NoContentLength: true}, 502, false},
-		{"it ends short where nobody can tell", publisher.Fault{TruncateAfter: publisher.At(200 << 10), CloseDelimited: true}, 403, false},
+		{"it ends short where nobody can tell", publisher.Fault{TruncateAfter: publisher.At(200 << 10), CloseDelimited: true}, 502, false},
 		{"it is reset", publisher.Fault{ResetAfter: publisher.At(200 << 10)}, 502, false},
 		{"it stalls for ever", publisher.Fault{StallAfter: publisher.At(200 << 10)}, 504, false},
 		{"it redirects in a circle", publisher.Fault{RedirectLoop: true}, 502, false},
@@ -288,6 +288,33 @@ func TestPublishersFaults(t *testing.T) {
 			case tt.status == 502 || tt.status == 504:
 				// A failure is never remembered: the next request finds the publisher well.
 				wantImage(t, s.get(s.direct(im, "aci")), im)
+			}
+		})
+	}
+}
+
+// TestPublisherBreaksOff: what the publisher doesn't get to the end of is gone on with, and the node notices nothing.
+func TestPublisherBreaksOff(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "dial: {timeout: 700ms, stall_timeout: 700ms}\nfetch: {retry_wait: 1ms}")
+	at := publisher.At(200 << 10)
+	for i, tt := range []struct {
+		name  string
+		fault publisher.Fault
+	}{
+		{"it ends short", publisher.Fault{TruncateAfter: at}},
+		{"it ends short, of no known length", publisher.Fault{TruncateAfter: at, NoContentLength: true}},
+		{"it ends short where nobody can tell", publisher.Fault{TruncateAfter: at, CloseDelimited: true}},
+		{"it is reset", publisher.Fault{ResetAfter: at}},
+		{"it stalls for ever", publisher.Fault{StallAfter: at}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			im := s.publish(large(fmt.Sprintf("app%d", i), 300<<10))
+			s.publisher.Behave()
+			trouble := s.publisher.Misbehave(publisher.URL(im.blob()), tt.fault)
+			wantImage(t, s.get(s.direct(im, "aci")), im)
+			if trouble.Applied() < 2 {
+				t.Error("it did not break off")
 			}
 		})
 	}

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/acproxy/acproxy/internal/config"
+)
+
+// logs are where a server says what it does: at once, or, for the lines of single requests, together with others a moment later. The lines stay in
+// order.
+type logs struct {
+	*slog.Logger
+	access *slog.Logger // nil if requests get no lines
+	out    *logWriter
+}
+
+// newLogs returns the logs as configured. Close writes what waits.
+func newLogs(cfg config.Log, w io.Writer) (*logs, error) {
+	out := &logWriter{buf: bufio.NewWriterSize(w, 64<<10)}
+	log, err := newLogger(cfg, out)
+	if err != nil {
+		return nil, err
+	}
+	l := &logs{Logger: log, out: out}
+	switch {
+	case !cfg.Access:
+	case cfg.AccessFlush == 0:
+		l.access = log
+	default:
+		if l.access, err = newLogger(cfg, lazily{out}); err != nil {
+			return nil, err
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		out.stop = cancel
+		// Ends with stop; Close waits for it.
+		out.flushing.Go(func() { out.flushEvery(ctx, time.Duration(cfg.AccessFlush)) })
+	}
+	return l, nil
+}
+
+// newLogger returns the log as configured.
+func newLogger(cfg config.Log, w io.Writer) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(cfg.Level)); err != nil {
+		return nil, err
+	}
+	options := &slog.HandlerOptions{Level: level}
+	if cfg.Format == config.LogJSON {
+		return slog.New(slog.NewJSONHandler(w, options)), nil
+	}
+	return slog.New(slog.NewTextHandler(w, options)), nil
+}
+
+// Close writes what waits. What is logged after that is written at once.
+func (l *logs) Close() error { return l.out.Close() }
+
+// A logWriter writes lines to a file, in the order in which they come.
+type logWriter struct {
+	mu  sync.Mutex
+	buf *bufio.Writer
+
+	stop     context.CancelFunc // nil if nothing ever waits
+	flushing sync.WaitGroup
+}
+
+// Write writes a line, and all that wait before it.
+func (w *logWriter) Write(line []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n, err := w.buf.Write(line)
+	if err == nil {
+		err = w.buf.Flush()
+	}
+	return n, err
+}
+
+func (w *logWriter) flushEvery(ctx context.Context, pause time.Duration) {
+	tick := time.NewTicker(pause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			// Whoever can't write a log has nobody to tell.
+			_ = w.flush()
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (w *logWriter) flush() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.buf.Flush()
+}
+
+// Close ends the flushing and writes what waits.
+func (w *logWriter) Close() error {
+	if w.stop != nil {
+		w.stop()
+		w.flushing.Wait()
+	}
+	return w.flush()
+}
+
+// lazily lets lines wait for others.
+type lazily struct{ w *logWriter }
+
+// Write notes a line to be written with the next ones, after a moment at the latest.
+func (l lazily) Write(line []byte) (int, error) {
+	l.w.mu.Lock()
+	defer l.w.mu.Unlock()
+	return l.w.buf.Write(line)
+}
