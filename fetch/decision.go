@@ -21,6 +21,7 @@ const (
 	EventRefused     = "refused"     // an image was not kept
 	EventQuarantined = "quarantined" // a kept image is no longer served
 	EventRestored    = "restored"    // a quarantined image is served again
+	EventPassed      = "passed"      // an image was verified on its way to a client, and not kept: there was no room for it
 )
 
 // A Decision is what was decided about an image, for the audit and the metrics. Fields that don't apply are zero.

@@ -202,11 +202,12 @@ const (
 	Revalidated               // held, and the publisher just said that it is still the same
 	Miss                      // fetched for this request
 	Joined                    // somebody else's request is fetching it already
+	Uncached                  // fetched for this request alone: there is no room to keep it
 )
 
 // String returns the status in lower-case words.
 func (s Status) String() string {
-	return [...]string{"hit", "stale", "gone", "revalidated", "miss", "joined"}[s]
+	return [...]string{"hit", "stale", "gone", "revalidated", "miss", "joined", "uncached"}[s]
 }
 
 // A Request asks for an image on behalf of a client.
@@ -243,6 +244,13 @@ type answer struct {
 // Errors match the sentinels of package acproxy and carry the trace of what was tried.
 func (f *Fetcher) Image(ctx context.Context, req Request) (*Image, error) {
 	a, err := f.answer(ctx, req)
+	if err != nil && f.streams(req.Ref.Name(), err) {
+		p, err := f.stream(ctx, req, false)
+		if err != nil {
+			return nil, err
+		}
+		return &Image{Status: Uncached, Size: p.size, Modified: p.modified, ETag: p.etag(), f: f, ref: req.Ref, passage: p}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -279,6 +287,13 @@ func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error)
 		f.sticky.Delete(stickyKey(req))
 	}
 	a, err := f.answer(ctx, req)
+	if err != nil && f.streams(req.Ref.Name(), err) {
+		p, err := f.stream(ctx, req, true)
+		if err != nil {
+			return Signature{}, err
+		}
+		return Signature{Status: Uncached, Bytes: p.signature, Modified: p.f.now().UTC(), Digest: sha256.Sum256(p.signature)}, p.close()
+	}
 	if err != nil {
 		return Signature{}, err
 	}

@@ -27,6 +27,7 @@ type Image struct {
 	ref      acproxy.Ref
 	file     *os.File
 	download *download
+	passage  *passage // of an image that is not kept
 }
 
 // open returns a held image.
@@ -72,6 +73,15 @@ func (f *Fetcher) follow(ctx context.Context, a answer, ref acproxy.Ref) (*Image
 	return im, nil
 }
 
+// Passage returns where to read an image from that is passed on without being kept: what may be delivered of it, once and in order. Reading ends with an
+// error other than [io.EOF] if the image must not be completed. It is nil for all others.
+func (im *Image) Passage() io.Reader {
+	if im.passage == nil {
+		return nil
+	}
+	return im.passage
+}
+
 // Arriving reports whether the image's bytes are still being received or checked.
 func (im *Image) Arriving() bool { return im.Record == nil }
 
@@ -87,6 +97,9 @@ func (im *Image) File() *os.File {
 func (im *Image) Decided(ctx context.Context) error {
 	if !im.Arriving() {
 		return nil
+	}
+	if im.passage != nil {
+		return noRoom(im.passage.ref)
 	}
 	select {
 	case <-im.download.decided:
@@ -193,6 +206,9 @@ func (im *Image) Growing() *os.File { return im.file }
 
 // Close closes the image's file. The fetching of an arriving image goes on.
 func (im *Image) Close() error {
+	if im.passage != nil {
+		return im.passage.close()
+	}
 	if im.file == nil {
 		return nil
 	}

@@ -37,6 +37,7 @@ type Policy struct {
 	// and gets what is held only if the publisher doesn't answer.
 	MaxStale time.Duration
 	OnChange OnChange
+	OnFull   OnFull
 	Offline  bool // dial nobody
 }
 

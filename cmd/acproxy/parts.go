@@ -134,6 +134,9 @@ func policies(cfg *config.Config) []fetch.Policy {
 		if p.OnChange == config.OnChangeFollow {
 			out.OnChange = fetch.FollowChange
 		}
+		if p.OnFull == config.OnFullStream {
+			out.OnFull = fetch.StreamFull
+		}
 		return out
 	}
 	out := []fetch.Policy{of(config.Publisher{})}

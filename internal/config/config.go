@@ -47,6 +47,12 @@ const (
 	OnChangeFollow = "follow"
 )
 
+// Values of [Cache.OnFull].
+const (
+	OnFullRefuse = "refuse"
+	OnFullStream = "stream"
+)
+
 // Values of [Log.Format].
 const (
 	LogText = "text"
@@ -314,6 +320,10 @@ type Cache struct {
 	// How often times of last use are written down. A crash loses at most these.
 	AccessFlush Duration `yaml:"access_flush"`
 
+	// What becomes of an image for which there is no room: refuse answers 507; stream passes a signed one on without keeping it, checked as always,
+	// at the price of a fetch for each client. Prefixes with delivery: verify-first always refuse.
+	OnFull string `yaml:"on_full" oneof:"refuse stream"`
+
 	// How long the beginning of an image is kept whose publisher broke off, or that was arriving when the server ended, for somebody to ask for
 	// the rest. 0s drops it at once.
 	KeepPartials Duration `yaml:"keep_partials"`
@@ -402,6 +412,9 @@ type Publisher struct {
 	// As freshness.on_change.
 	OnChange string `yaml:"on_change" oneof:"refuse follow"`
 
+	// As cache.on_full.
+	OnFull string `yaml:"on_full" oneof:"refuse stream"`
+
 	// As offline. It can't be false where that is true.
 	Offline *bool `yaml:"offline"`
 }
@@ -457,6 +470,7 @@ func Default() Config {
 		Cache: Cache{
 			AccessFlush:  seconds(30),
 			KeepPartials: minutes(24 * 60),
+			OnFull:       OnFullRefuse,
 		},
 		Log: Log{
 			Level:  "info",
@@ -508,6 +522,7 @@ func (c *Config) Inherit(p Publisher) Publisher {
 		{&p.Expired, c.Trust.Expired},
 		{&p.Delivery, c.Fetch.Delivery},
 		{&p.OnChange, c.Freshness.OnChange},
+		{&p.OnFull, c.Cache.OnFull},
 	} {
 		if *word.own == "" {
 			*word.own = word.everybody

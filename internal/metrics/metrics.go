@@ -26,7 +26,7 @@ func New(version string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "acproxy_decisions_total",
-			Help: "Decisions about images, by event (accepted, refused, quarantined, restored, inspected) and outcome (trust's word for the verdict, or another reason).",
+			Help: "Decisions about images, by event (accepted, refused, quarantined, restored, inspected, passed) and outcome (trust's word for the verdict, or another reason).",
 		}, []string{"event", "outcome"}),
 		rktRefusals: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "acproxy_accepted_rkt_refuses_total",

@@ -212,6 +212,7 @@ var statuses = map[fetch.Status][]string{
 	fetch.Revalidated: {"acproxy; hit; detail=REVALIDATED"},
 	fetch.Joined:      {"acproxy; fwd=uri-miss; collapsed"},
 	fetch.Miss:        {"acproxy; fwd=uri-miss"},
+	fetch.Uncached:    {"acproxy; fwd=uri-miss; stored=?0; detail=FULL"},
 }
 
 // cacheStatus returns the value of Cache-Status, which must not be changed.
@@ -219,6 +220,9 @@ func cacheStatus(status fetch.Status) []string { return statuses[status] }
 
 // serveImage sends an image, held or arriving.
 func (s *Server) serveImage(w http.ResponseWriter, r *http.Request, im *fetch.Image) error {
+	if p := im.Passage(); p != nil {
+		return servePassage(w, r, im, p)
+	}
 	if im.Arriving() {
 		done, err := s.serveArriving(w, r, im)
 		if done || err != nil {
@@ -277,6 +281,40 @@ func (s *Server) serveArriving(w http.ResponseWriter, r *http.Request, im *fetch
 	}
 	copyArriving(w, r, im, span)
 	return true, nil
+}
+
+// servePassage sends an image that isn't kept: all of it, whatever range is asked for (RFC 9110, section 14.2, lets a server ignore that).
+func servePassage(w http.ResponseWriter, r *http.Request, im *fetch.Image, p io.Reader) error {
+	if im.Size < 0 && !r.ProtoAtLeast(1, 1) {
+		// HTTP/1.0 can't tell a cut body of unknown length from a whole one, and there is no verdict to wait for without reading it.
+		return im.Decided(r.Context())
+	}
+	imageHeader(w, im)
+	w.Header().Del("Accept-Ranges")
+	if im.Size >= 0 {
+		w.Header().Set("Content-Length", strconv.FormatInt(im.Size, 10))
+	}
+	w.WriteHeader(http.StatusOK)
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	// The flushing is for clients that look at what comes; the buffer, so that it isn't done for every few bytes.
+	flusher, b := http.NewResponseController(w), make([]byte, 128<<10)
+	for {
+		n, err := p.Read(b)
+		if err == io.EOF {
+			return nil
+		}
+		if err == nil {
+			if _, err = w.Write(b[:n]); err == nil {
+				err = flusher.Flush()
+			}
+		}
+		if err != nil {
+			note(w, err)
+			panic(http.ErrAbortHandler)
+		}
+	}
 }
 
 // copyArriving sends what may be delivered as it comes. An image that turns out bad never ends cleanly: the connection (the stream, with HTTP/2)
