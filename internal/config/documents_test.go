@@ -62,6 +62,7 @@ func samplePublishers() []Publisher {
 			TTL:       &ttl,
 			MaxStale:  &never,
 			OnChange:  OnChangeFollow,
+			OnFull:    OnFullStream,
 			Offline:   &offline,
 		},
 		{
