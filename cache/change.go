@@ -29,7 +29,7 @@ func (d *Disk) save(ix *index, img *image) (displaced []acproxy.Digest, err erro
 	err = ix.update(func(tx *bolt.Tx) (err error) {
 		displaced, err = putImage(tx, img)
 		return err
-	})
+	}, effect{img.Record.Digest, img.Refs})
 	return displaced, err
 }
 
@@ -172,8 +172,8 @@ func mergeRefs(before, after []Resolution) []Resolution {
 func (d *Disk) number(refs []Resolution) error {
 	err := d.view(func(tx *bolt.Tx) error {
 		for _, r := range refs {
-			var before Resolution
-			if _, err := getJSON(tx, bucketRefs, []byte(r.Ref.String()), &before); err != nil {
+			before, _, err := getRow(tx, bucketRefs, []byte(r.Ref.String()), takeResolution)
+			if err != nil {
 				return err
 			}
 			d.raise([]Resolution{before})
@@ -226,7 +226,7 @@ func (d *Disk) Restore(_ context.Context, digest acproxy.Digest) error {
 // A crash in between leaves both files, and the image is there again, or the sidecar, which the next start removes.
 func (d *Disk) Delete(_ context.Context, digest acproxy.Digest) error {
 	defer d.locks.lock(digest)()
-	if err := d.update(func(tx *bolt.Tx) error { return dropImage(tx, digest) }); err != nil {
+	if err := d.update(func(tx *bolt.Tx) error { return dropImage(tx, digest) }, effect{digest: digest}); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -265,7 +265,7 @@ func (d *Disk) Learn(found Discovered) error {
 			return noSpace(err)
 		}
 	}
-	return d.update(func(tx *bolt.Tx) error { return putKnown(tx, found) })
+	return d.update(func(tx *bolt.Tx) error { return putKnown(tx, found) }, effect{})
 }
 
 // keptEvery is how old the time of an otherwise unchanged finding may become outside of the index.
@@ -288,7 +288,7 @@ func (d *Disk) Refuse(refused Refused) error {
 			}
 		}
 		return putJSON(tx, bucketRefused, refusalKey(last), refused)
-	})
+	}, effect{})
 }
 
 // refusalKey sorts as the number does.
@@ -336,7 +336,7 @@ func (d *Disk) flush() error {
 	}
 	return d.update(func(tx *bolt.Tx) error {
 		for digest, t := range touched {
-			_, ok, err := getRecord(tx, digest)
+			ok, err := hasRecord(tx, digest)
 			if err == nil && ok {
 				err = putTime(tx, bucketUsed, digest[:], t)
 			}
@@ -345,5 +345,5 @@ func (d *Disk) flush() error {
 			}
 		}
 		return nil
-	})
+	}, effect{})
 }

@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -84,9 +83,7 @@ type Disk struct {
 	locks     locks      // by digest, of an image's files and rows; by the digest of a name, of its file and row. Nobody waits for a second while holding one.
 	replacing sync.Mutex // held while one index takes the place of another
 
-	generation atomic.Uint64 // of what the index says
-	hotRefs    hot[acproxy.Ref, answer]
-	hotRecords hot[acproxy.Digest, Record]
+	memory *memory // of what the index says
 
 	mu        sync.Mutex
 	ix        *index
@@ -108,7 +105,7 @@ var _ Store = (*Disk)(nil)
 func Open(dir string, opts Options) (*Disk, error) {
 	d := &Disk{
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials,
-		cleaned: make(chan struct{}), changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
+		memory: newMemory(), cleaned: make(chan struct{}), changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
 		partials: make(map[*Partial]struct{}), suspended: make(map[string]suspended), shards: make(map[string]bool),
 	}
 	if d.fsys == nil {
@@ -158,7 +155,7 @@ func (d *Disk) open() error {
 	for _, shard := range shards {
 		d.shards[shard.Name()] = true
 	}
-	ix, err := openIndex(d.path(indexFile), &d.generation)
+	ix, err := openIndex(d.path(indexFile), d.memory)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.log.Info("the index is made from what is in the store", "dir", d.dir)
@@ -282,13 +279,18 @@ func (d *Disk) newIndex() (*index, error) {
 	if err := createIndex(d.fsys, d.temp(), d.path(indexFile)); err != nil {
 		return nil, fmt.Errorf("making an index: %w", err)
 	}
-	return openIndex(d.path(indexFile), &d.generation)
+	return openIndex(d.path(indexFile), d.memory)
 }
 
 // anotherIndex sets the index aside and makes an empty one.
 func (d *Disk) anotherIndex(cause error) (*index, error) {
 	aside := brokenName(d.path(indexFile), d.now())
-	d.log.Error("the index is set aside and made again from the sidecars", "kept", aside, "err", cause)
+	if errors.Is(cause, errOlder) {
+		aside = d.path(indexFile + olderExt)
+		d.log.Info("the index is of an older version and is made again from the sidecars", "err", cause)
+	} else {
+		d.log.Error("the index is set aside and made again from the sidecars", "kept", aside, "err", cause)
+	}
 	if err := d.fsys.Rename(d.path(indexFile), aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
@@ -363,10 +365,7 @@ func (d *Disk) settle(ix *index) error {
 			return err
 		}
 		err := ix.peek(func(tx *bolt.Tx) error {
-			fits, err := isState(tx, stateSchema)
-			if err == nil && !fits {
-				err = broken("it is of another version than %d", schema)
-			}
+			err := fits(tx)
 			if err == nil {
 				complete, err = isState(tx, stateComplete)
 			}
@@ -378,7 +377,9 @@ func (d *Disk) settle(ix *index) error {
 		if err != nil {
 			return err
 		}
-		ix.release()
+		if err := ix.release(); err != nil {
+			return err
+		}
 		d.announce(ix, false)
 	}
 	start := d.now()
@@ -390,7 +391,10 @@ func (d *Disk) settle(ix *index) error {
 			return err
 		}
 	}
-	err := ix.update(func(tx *bolt.Tx) error { return setState(tx, stateComplete) })
+	if err := d.carryOver(ix); err != nil {
+		return err
+	}
+	err := ix.update(func(tx *bolt.Tx) error { return setState(tx, stateComplete) }, effect{})
 	if errors.Is(err, errPages) || err != nil && !complete {
 		return err
 	}
@@ -473,9 +477,14 @@ func (d *Disk) view(read func(*bolt.Tx) error) error {
 	return d.on(func(ix *index) error { return ix.view(read) })
 }
 
+// look looks single rows up, and is to the index as view is.
+func (d *Disk) look(do func(*look) error) error {
+	return d.on(func(ix *index) error { return ix.look(do) })
+}
+
 // update writes to the index, and is to it as view is.
-func (d *Disk) update(change func(*bolt.Tx) error) error {
-	return d.on(func(ix *index) error { return ix.update(change) })
+func (d *Disk) update(change func(*bolt.Tx) error, effects ...effect) error {
+	return d.on(func(ix *index) error { return ix.update(change, effects...) })
 }
 
 func (d *Disk) on(do func(*index) error) error {
@@ -519,8 +528,8 @@ func (d *Disk) Close() error {
 	return errors.Join(err, ix.close(), d.lock.Close())
 }
 
-// schema is the version of the index. One of another version is made again, which is all the migration that it needs.
-const schema = 1
+// schema is the version of the index. One of another version is made again; see older.go. Version 1 had JSON for rows.
+const schema = 2
 
 const stateSchema = "schema"
 

@@ -1,38 +1,109 @@
 package cache
 
-import "sync"
+import (
+	"encoding/binary"
+	"hash/maphash"
+	"sync/atomic"
 
-// maxHot bounds what is remembered of the index in the form in which it is asked for: some kilobytes each.
-const maxHot = 8192
+	"github.com/acproxy/acproxy"
+)
 
-// hot remembers answers of one generation of the index: every change of the index begins another, in which all are forgotten. That is coarse,
-// and needs no thought about what a change affects. It is safe for concurrent use.
+// hotSlots bounds what is remembered of the index in the form in which it is asked for: some kilobytes each.
+const hotSlots = 8192
+
+// hot remembers answers, each in the one slot that its key has. An answer is true of a generation of the index and of those after it until a
+// change affects it, which is noted in the slot: an older answer that somebody puts there late is as worthless as one that was there. It is safe
+// for concurrent use, and nobody waits.
 type hot[K comparable, V any] struct {
-	mu         sync.RWMutex
+	slot  func(K) uint64
+	since atomic.Uint64 // the generation of the last change that affected everything
+	slots [hotSlots]hotSlot[K, V]
+}
+
+type hotSlot[K comparable, V any] struct {
+	since  atomic.Uint64 // the generation of the last change that affected what belongs here
+	answer atomic.Pointer[hotAnswer[K, V]]
+}
+
+type hotAnswer[K comparable, V any] struct {
 	generation uint64
-	answers    map[K]V
+	key        K
+	v          V
 }
 
-func (h *hot[K, V]) get(generation uint64, key K) (V, bool) {
-	h.mu.RLock()
-	defer h.mu.RUnlock()
-	if h.generation != generation {
-		var none V
-		return none, false
+// get returns an answer and the generation in which it was found.
+func (h *hot[K, V]) get(key K) (v V, generation uint64, ok bool) {
+	a := h.slots[h.slot(key)%hotSlots].answer.Load()
+	if a == nil || a.key != key || !h.fresh(key, a.generation) {
+		return v, 0, false
 	}
-	v, ok := h.answers[key]
-	return v, ok
+	return a.v, a.generation, true
 }
 
-// put remembers an answer that was found in a generation, or a later one.
+// put remembers an answer that was found in a generation.
 func (h *hot[K, V]) put(generation uint64, key K, v V) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.answers == nil || generation > h.generation || len(h.answers) >= maxHot {
-		h.answers = make(map[K]V)
-		h.generation = max(generation, h.generation)
+	h.slots[h.slot(key)%hotSlots].answer.Store(&hotAnswer[K, V]{generation, key, v})
+}
+
+// fresh reports whether what was said of a key in a generation is still true.
+func (h *hot[K, V]) fresh(key K, generation uint64) bool {
+	return generation >= h.since.Load() && generation >= h.slots[h.slot(key)%hotSlots].since.Load()
+}
+
+// forget is called with the generation that a change begins, when the index can be seen to be changed and before anybody is told.
+func (h *hot[K, V]) forget(generation uint64, key K) {
+	raise(&h.slots[h.slot(key)%hotSlots].since, generation)
+}
+
+func (h *hot[K, V]) forgetAll(generation uint64) { raise(&h.since, generation) }
+
+func raise(v *atomic.Uint64, to uint64) {
+	for {
+		now := v.Load()
+		if now >= to || v.CompareAndSwap(now, to) {
+			return
+		}
 	}
-	if generation == h.generation {
-		h.answers[key] = v
+}
+
+// effect is what a change changes of the answers that are remembered: those about an image, and those of refs. The zero effect is none.
+type effect struct {
+	digest acproxy.Digest
+	refs   []Resolution
+}
+
+// memory is the answers that a store remembers. An answer of a ref holds the record of the image, and is true as long as both are.
+type memory struct {
+	generation atomic.Uint64 // goes up with every change of the index
+	refs       hot[acproxy.Ref, *answer]
+	records    hot[acproxy.Digest, *Record]
+}
+
+func newMemory() *memory {
+	seed := maphash.MakeSeed()
+	m := &memory{}
+	m.refs.slot = func(ref acproxy.Ref) uint64 { return maphash.Comparable(seed, ref) }
+	m.records.slot = func(digest acproxy.Digest) uint64 { return binary.NativeEndian.Uint64(digest[:]) }
+	return m
+}
+
+func (m *memory) resolve(ref acproxy.Ref) (*answer, bool) {
+	a, generation, ok := m.refs.get(ref)
+	return a, ok && m.records.fresh(a.to.Digest, generation)
+}
+
+// forget is forget of what a change affects; without effects that is everything.
+func (m *memory) forget(generation uint64, effects []effect) {
+	if len(effects) == 0 {
+		m.refs.forgetAll(generation)
+		m.records.forgetAll(generation)
+	}
+	for _, e := range effects {
+		if !e.digest.IsZero() {
+			m.records.forget(generation, e.digest)
+		}
+		for _, r := range e.refs {
+			m.refs.forget(generation, r.Ref)
+		}
 	}
 }

@@ -33,7 +33,8 @@ type index struct {
 	// stuck is set when bbolt panicked with one of its own locks held: closing it would never end.
 	stuck atomic.Bool
 
-	generation *atomic.Uint64 // goes up with every change, before anybody is told that it was made
+	memory    *memory // is told of every change before anybody else is
+	snapshots snapshots
 
 	writes chan *write
 	marked bool // the writer's own: the index says that it is open
@@ -43,8 +44,9 @@ type index struct {
 
 // write is a change that waits for its turn to be written.
 type write struct {
-	change func(*bolt.Tx) error
-	done   chan error
+	change  func(*bolt.Tx) error
+	effects []effect
+	done    chan error
 }
 
 // openTimeout is for how long to wait for somebody else, such as the bbolt command, to let go of the index.
@@ -58,12 +60,20 @@ const growBy = 1 << 20
 
 // openIndex opens an existing file. It reads no more than its head: check has to be called before it can be used. A file that bbolt couldn't
 // work with is an error matching errPages.
-func openIndex(path string, generation *atomic.Uint64) (*index, error) {
+func openIndex(path string, memory *memory) (*index, error) {
 	size, err := checkHead(path)
 	if err != nil {
 		return nil, err
 	}
-	x := &index{path: path, safe: make(chan struct{}), generation: generation, writes: make(chan *write), quit: make(chan struct{})}
+	x := &index{path: path, safe: make(chan struct{}), memory: memory, writes: make(chan *write), quit: make(chan struct{})}
+	if x.snapshots.f, err = os.Open(path); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			x.snapshots.f.Close()
+		}
+	}()
 	err = x.guard(func() error {
 		x.db, err = bolt.Open(path, filePerm, &bolt.Options{
 			Timeout: openTimeout, FreelistType: bolt.FreelistMapType, InitialMmapSize: max(minMap, 2*int(size)), NoStatistics: true,
@@ -149,8 +159,14 @@ func (x *index) check(ctx context.Context) error {
 	return err
 }
 
-// release lets views and updates into the index.
-func (x *index) release() { close(x.safe) }
+// release lets looks, views and updates into the index.
+func (x *index) release() error {
+	if err := x.snapshots.take(x.memory.generation.Load()); err != nil {
+		return broken("%v", err)
+	}
+	close(x.safe)
+	return nil
+}
 
 // verify reads the whole index, beside its use, and returns an error matching errPages if any row of it is not as it was written.
 func (x *index) verify(ctx context.Context) error {
@@ -207,12 +223,40 @@ func metaOf(f *os.File, txid uint64) (meta, error) {
 	}
 }
 
-// view reads from the index.
-func (x *index) view(read func(*bolt.Tx) error) error {
+// look looks single rows up. It is several times as fast as a view, and takes no memory map; see look.go.
+func (x *index) look(do func(*look) error) error {
+	if err := x.enter(); err != nil {
+		return err
+	}
+	if x.dead.Load() {
+		return broken("it was found broken before")
+	}
+	err := x.snapshots.look(do)
+	if errors.Is(err, errPages) {
+		x.dead.Store(true)
+	}
+	return err
+}
+
+// enter waits until it is safe to look into the index.
+func (x *index) enter() error {
 	select {
 	case <-x.safe:
+		return nil
+	default:
+	}
+	select {
+	case <-x.safe:
+		return nil
 	case <-x.quit:
 		return errClosed
+	}
+}
+
+// view reads from the index.
+func (x *index) view(read func(*bolt.Tx) error) error {
+	if err := x.enter(); err != nil {
+		return err
 	}
 	return x.peek(read)
 }
@@ -241,9 +285,10 @@ func (x *index) peek(read func(*bolt.Tx) error) error {
 }
 
 // update writes to the index, together with whatever else waits to be written: they share one sync. change may be called more than once. It
-// returns when the change is on disk, or can't be; it can't be called off in between, because nobody could say then which it was.
-func (x *index) update(change func(*bolt.Tx) error) error {
-	w := &write{change: change, done: make(chan error, 1)}
+// returns when the change is on disk, or can't be; it can't be called off in between, because nobody could say then which it was. All answers that
+// are remembered are forgotten, unless it is said which ones the change affects.
+func (x *index) update(change func(*bolt.Tx) error, effects ...effect) error {
+	w := &write{change: change, effects: effects, done: make(chan error, 1)}
 	select {
 	case x.writes <- w:
 		return <-w.done
@@ -296,6 +341,7 @@ func (x *index) run(changes []*write) error {
 		return broken("it was found broken before")
 	}
 	var tx *bolt.Tx
+	x.snapshots.begun.Add(1)
 	err := x.guard(func() (err error) {
 		if tx, err = x.db.Begin(true); err != nil {
 			return err
@@ -313,8 +359,6 @@ func (x *index) run(changes []*write) error {
 		}
 		return tx.Commit()
 	})
-	// After a failure too: it may have been done all the same.
-	x.generation.Add(1)
 	switch {
 	case err == nil:
 		x.marked = true
@@ -324,6 +368,21 @@ func (x *index) run(changes []*write) error {
 	case errors.Is(err, errPages):
 		x.stuck.Store(true)
 	}
+	// After a failure too: it may have been done all the same.
+	generation := x.memory.generation.Add(1)
+	if taken := x.snapshots.take(generation); taken != nil && err == nil {
+		x.dead.Store(true)
+		err = broken("what was written can't be read: %v", taken)
+	}
+	var effects []effect
+	for _, w := range changes {
+		if len(w.effects) == 0 {
+			effects = nil
+			break
+		}
+		effects = append(effects, w.effects...)
+	}
+	x.memory.forget(generation, effects)
 	return noSpace(err)
 }
 
@@ -346,24 +405,26 @@ func (x *index) guard(call func() error) (err error) {
 func (x *index) close() error {
 	close(x.quit)
 	x.wg.Wait()
+	x.snapshots.f.Close()
 	if x.stuck.Load() {
 		return nil
 	}
 	return x.db.Close()
 }
 
-// buckets are all that the index holds. A key is as described; every value begins with a checksum of key and value.
+// buckets are all that the index holds. A key is as described; every value begins with a checksum of key and value. What is not said to be JSON is
+// as codec.go has it. Whoever changes what a value is made of changes the schema.
 var buckets = []string{
 	bucketState, bucketRecords, bucketManifests, bucketSignatures, bucketRefs, bucketHeld, bucketIDs, bucketSigned, bucketNames,
 	bucketUninspected, bucketQuarantined, bucketUsed, bucketKnown, bucketHosts, bucketRefused,
 }
 
 const (
-	bucketState       = "state"       // a word → JSON
-	bucketRecords     = "records"     // digest → JSON of held
+	bucketState       = "state"       // a word → what it means
+	bucketRecords     = "records"     // digest → held
 	bucketManifests   = "manifests"   // digest → JSON as in the image
 	bucketSignatures  = "signatures"  // digest → as published
-	bucketRefs        = "refs"        // ref → JSON of Resolution
+	bucketRefs        = "refs"        // ref → Resolution
 	bucketHeld        = "held"        // digest, ref → nothing: the refs that an image answers
 	bucketIDs         = "ids"         // image ID, digest → nothing
 	bucketSigned      = "signed"      // digest of a signature, digest → nothing
@@ -371,7 +432,7 @@ const (
 	bucketUninspected = "uninspected" // digest → nothing
 	bucketQuarantined = "quarantined" // digest → nothing
 	bucketUsed        = "used"        // digest → nanoseconds since 1970
-	bucketKnown       = "known"       // name → JSON of Discovered
+	bucketKnown       = "known"       // name → Discovered
 	bucketHosts       = "hosts"       // host of a template, 0, name → nothing
 	bucketRefused     = "refused"     // number → JSON of Refused
 )

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -22,13 +23,13 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 	for {
 		// Asked before looking: what becomes known in between is then waited for in vain, and seen at the next turn.
 		k := d.knowledge()
-		a, ok, err := d.resolve(ref)
+		a, err := d.resolve(ref)
 		switch {
 		case err != nil:
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
-		case ok && a.rec.lost():
+		case a != nil && a.rec.lost():
 			return Resolution{}, Record{}, notFound("blob-gone", fmt.Sprintf("%v was held, but %s", ref, a.rec.Reason))
-		case ok:
+		case a != nil:
 			return a.to, a.rec, nil
 		case d.complete(k):
 			return Resolution{}, Record{}, notFound("not-held", ref.String()+" is not held")
@@ -49,25 +50,46 @@ type answer struct {
 	rec Record
 }
 
-func (d *Disk) resolve(ref acproxy.Ref) (a answer, ok bool, err error) {
-	generation := d.generation.Load()
-	if a, ok := d.hotRefs.get(generation, ref); ok {
-		return a, true, nil
+func (d *Disk) resolve(ref acproxy.Ref) (a *answer, err error) {
+	if a, ok := d.memory.resolve(ref); ok {
+		return a, nil
 	}
-	err = d.view(func(tx *bolt.Tx) error {
-		a = answer{}
-		if ok, err = getJSON(tx, bucketRefs, []byte(ref.String()), &a.to); !ok {
+	var generation uint64
+	err = d.look(func(l *look) error {
+		a, generation = nil, l.snapshot.generation
+		to, ok, err := lookUp(l, bucketRefs, []byte(ref.String()), takeResolution)
+		if !ok {
 			return err
 		}
-		var h held
-		h, ok, err = getRecord(tx, a.to.Digest)
-		a.rec = h.Record
-		return err
+		rec, ok, err := l.record(to.Digest)
+		if !ok {
+			return err
+		}
+		to.Ref = ref
+		a = &answer{to, rec}
+		return nil
 	})
-	if ok && err == nil {
-		d.hotRefs.put(generation, ref, a)
+	if err != nil || a == nil {
+		return nil, err
 	}
-	return a, ok, err
+	d.memory.refs.put(generation, ref, a)
+	return a, nil
+}
+
+// lookUp looks a row up with what takes it apart, and reports whether there is one.
+func lookUp[T any](l *look, bucket string, key []byte, take func(*decoder) T) (v T, ok bool, err error) {
+	b, err := l.get(bucket, key)
+	if b == nil || err != nil {
+		return v, false, err
+	}
+	v, err = decodeRow(bucket, key, b, take)
+	return v, err == nil, err
+}
+
+func (l *look) record(digest acproxy.Digest) (Record, bool, error) {
+	h, ok, err := lookUp(l, bucketRecords, digest[:], takeHeld)
+	h.Digest = digest
+	return h.Record, ok, err
 }
 
 // Record implements [Store].
@@ -213,22 +235,23 @@ func (d *Disk) OpenBlob(digest acproxy.Digest) (*os.File, error) {
 
 // record is Record without the time of the last use.
 func (d *Disk) record(digest acproxy.Digest) (Record, error) {
-	generation := d.generation.Load()
-	if rec, ok := d.hotRecords.get(generation, digest); ok {
-		return rec, nil
+	if rec, _, ok := d.memory.records.get(digest); ok {
+		return *rec, nil
 	}
-	var h held
+	var rec Record
 	var ok bool
-	err := d.view(func(tx *bolt.Tx) (err error) {
-		h, ok, err = getRecord(tx, digest)
+	var generation uint64
+	err := d.look(func(l *look) (err error) {
+		generation = l.snapshot.generation
+		rec, ok, err = l.record(digest)
 		return err
 	})
 	if err != nil {
 		return Record{}, err
 	}
 	if ok {
-		d.hotRecords.put(generation, digest, h.Record)
-		return h.Record, nil
+		d.memory.records.put(generation, digest, &rec)
+		return rec, nil
 	}
 	return d.Record(digest)
 }
@@ -462,7 +485,7 @@ func (d *Disk) Known(name string) (Discovered, bool) {
 	ok := false
 	before := d.knowledge()
 	err := d.view(func(tx *bolt.Tx) (err error) {
-		ok, err = getJSON(tx, bucketKnown, []byte(name), &k)
+		k, ok, err = getKnown(tx, []byte(name))
 		return err
 	})
 	if err == nil && !ok && !d.complete(before) {
@@ -489,8 +512,7 @@ func (d *Disk) KnownUnderHost(host string) []Discovered {
 				return nil
 			}
 			seen[string(name)] = true
-			var k Discovered
-			ok, err := getJSON(tx, bucketKnown, name, &k)
+			k, ok, err := getKnown(tx, name)
 			if ok {
 				known = append(known, k)
 			}
@@ -519,26 +541,30 @@ func (d *Disk) KnownUnderHost(host string) []Discovered {
 // Refusals implements [Store].
 func (d *Disk) Refusals() ([]Refused, error) {
 	var refusals []Refused
-	err := d.view(func(tx *bolt.Tx) error {
-		refusals = nil
-		return scan(tx, bucketRefused, nil, nil, func(key, _ []byte) error {
-			var r Refused
-			_, err := getJSON(tx, bucketRefused, key, &r)
-			refusals = append(refusals, r)
-			return err
-		})
+	err := d.view(func(tx *bolt.Tx) (err error) {
+		refusals, err = getRefusals(tx)
+		return err
 	})
-	for i, j := 0, len(refusals)-1; i < j; i, j = i+1, j-1 {
-		refusals[i], refusals[j] = refusals[j], refusals[i]
-	}
+	slices.Reverse(refusals)
+	return refusals, err
+}
+
+// getRefusals returns the refusals, the latest last.
+func getRefusals(tx *bolt.Tx) (refusals []Refused, err error) {
+	err = scan(tx, bucketRefused, nil, nil, func(key, _ []byte) error {
+		var r Refused
+		_, err := getJSON(tx, bucketRefused, key, &r)
+		refusals = append(refusals, r)
+		return err
+	})
 	return refusals, err
 }
 
 // Usage returns the space that the store takes now.
 func (d *Disk) Usage() (Usage, error) {
 	var t totals
-	err := d.view(func(tx *bolt.Tx) error {
-		_, err := getJSON(tx, bucketState, []byte(stateTotals), &t)
+	err := d.view(func(tx *bolt.Tx) (err error) {
+		t, _, err = getRow(tx, bucketState, []byte(stateTotals), takeTotals)
 		return err
 	})
 	if err != nil {

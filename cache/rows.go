@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"slices"
 	"strings"
@@ -15,7 +16,7 @@ import (
 // held is the row of a record.
 type held struct {
 	Record
-	Sidecar int64 `json:"sidecarSize"`
+	Sidecar int64 // its bytes
 }
 
 // blockSize is what a file's size is rounded up to: file systems give out no less.
@@ -32,12 +33,7 @@ func (r Record) blobBytes() int64 {
 }
 
 // totals are kept with every change of a record, because counting would take a scan.
-type totals struct {
-	Images      int64 `json:"images"`
-	Quarantined int64 `json:"quarantined"`
-	Blobs       int64 `json:"blobs"`
-	Sidecars    int64 `json:"sidecars"`
-}
+type totals struct{ Images, Quarantined, Blobs, Sidecars int64 }
 
 func (t *totals) add(h held, n int64) {
 	t.Images += n
@@ -56,7 +52,26 @@ const (
 	stateRefused  = "refused"  // the number of the last refusal
 )
 
-// getJSON reads a row into v and reports whether there is one.
+// getRow reads a row with what takes it apart, and reports whether there is one.
+func getRow[T any](tx *bolt.Tx, bucket string, key []byte, take func(*decoder) T) (v T, ok bool, err error) {
+	b, err := get(tx, bucket, key)
+	if b == nil || err != nil {
+		return v, false, err
+	}
+	v, err = decodeRow(bucket, key, b, take)
+	return v, err == nil, err
+}
+
+func decodeRow[T any](bucket string, key, value []byte, take func(*decoder) T) (v T, err error) {
+	d := decoder{left: string(value)}
+	v = take(&d)
+	if !d.ok() {
+		return v, broken("the row of %s at %.40x can't be taken apart", bucket, key)
+	}
+	return v, nil
+}
+
+// getJSON reads a row of one of the buckets that hold JSON into v and reports whether there is one.
 func getJSON(tx *bolt.Tx, bucket string, key []byte, v any) (bool, error) {
 	b, err := get(tx, bucket, key)
 	if b == nil || err != nil {
@@ -76,9 +91,176 @@ func putJSON(tx *bolt.Tx, bucket string, key []byte, v any) error {
 	return put(tx, bucket, key, b)
 }
 
+func appendTotals(b []byte, t totals) []byte {
+	for _, n := range []int64{t.Images, t.Quarantined, t.Blobs, t.Sidecars} {
+		b = binary.AppendVarint(b, n)
+	}
+	return b
+}
+
+func takeTotals(d *decoder) totals {
+	return totals{Images: d.varint(), Quarantined: d.varint(), Blobs: d.varint(), Sidecars: d.varint()}
+}
+
+// What a row of records says by single bits.
+const (
+	rowSigned = 1 << iota
+	rowInspected
+	rowPinned
+	rowImageID
+	rowSignatureDigest
+)
+
+// appendHeld appends the row of a record, but for the digest, which is its key.
+func appendHeld(b []byte, h held) []byte {
+	bits := bit(rowSigned, h.Signed) | bit(rowInspected, h.Inspected) | bit(rowPinned, h.Pinned) |
+		bit(rowImageID, !h.ImageID.IsZero()) | bit(rowSignatureDigest, !h.SignatureDigest.IsZero())
+	b = binary.AppendUvarint(b, bits)
+	if bits&rowImageID != 0 {
+		b = append(b, h.ImageID[:]...)
+	}
+	if bits&rowSignatureDigest != 0 {
+		b = append(b, h.SignatureDigest[:]...)
+	}
+	b = binary.AppendVarint(b, h.Sidecar)
+	b = binary.AppendVarint(b, h.Size)
+	b = binary.AppendVarint(b, h.Uncompressed)
+	b = appendString(b, h.Name)
+	b = appendStringMap(b, h.Labels)
+	b = binary.AppendUvarint(b, uint64(len(h.Dependencies)))
+	for _, dep := range h.Dependencies {
+		b = appendString(b, dep.Name)
+		b = appendStringMap(b, dep.Labels)
+		b = binary.AppendVarint(b, dep.Size)
+		if dep.ImageID.IsZero() {
+			b = append(b, 0)
+		} else {
+			b = append(append(b, 1), dep.ImageID[:]...)
+		}
+	}
+	b = binary.AppendUvarint(b, uint64(len(h.Signers)))
+	for _, s := range h.Signers {
+		for _, text := range []string{s.Fingerprint, s.KeyID, s.UserID, s.Prefix, s.Algorithm} {
+			b = appendString(b, text)
+		}
+		b = appendTime(b, s.Signed)
+	}
+	b = appendBytesMap(b, h.Hashed)
+	for _, text := range []string{h.Compression, h.RktWarning, h.Policy, h.Source, h.ETag, string(h.State), h.Code, h.Reason} {
+		b = appendString(b, text)
+	}
+	for _, t := range []time.Time{h.Modified, h.Fetched, h.Verified, h.Used} {
+		b = appendTime(b, t)
+	}
+	return b
+}
+
+func bit(which uint64, set bool) uint64 {
+	if set {
+		return which
+	}
+	return 0
+}
+
+func takeHeld(d *decoder) held {
+	var h held
+	bits := d.uvarint()
+	h.Signed, h.Inspected, h.Pinned = bits&rowSigned != 0, bits&rowInspected != 0, bits&rowPinned != 0
+	if bits&rowImageID != 0 {
+		d.array(h.ImageID[:])
+	}
+	if bits&rowSignatureDigest != 0 {
+		d.array(h.SignatureDigest[:])
+	}
+	h.Sidecar, h.Size, h.Uncompressed = d.varint(), d.varint(), d.varint()
+	h.Name, h.Labels = d.string(), d.stringMap()
+	h.Dependencies = decoded(d, 4, func(d *decoder) Dependency {
+		dep := Dependency{Name: d.string(), Labels: d.stringMap(), Size: d.varint()}
+		if d.uvarint() != 0 {
+			d.array(dep.ImageID[:])
+		}
+		return dep
+	})
+	h.Signers = decoded(d, 6, func(d *decoder) Signer {
+		return Signer{Fingerprint: d.string(), KeyID: d.string(), UserID: d.string(), Prefix: d.string(), Algorithm: d.string(), Signed: d.time()}
+	})
+	h.Hashed = d.bytesMap()
+	h.Compression, h.RktWarning, h.Policy, h.Source, h.ETag = d.string(), d.string(), d.string(), d.string(), d.string()
+	h.State, h.Code, h.Reason = State(d.string()), d.string(), d.string()
+	h.Modified, h.Fetched, h.Verified, h.Used = d.time(), d.time(), d.time(), d.time()
+	return h
+}
+
+// appendResolution appends the row of a resolution, but for the ref, which is its key.
+func appendResolution(b []byte, r Resolution) []byte {
+	b = append(b, r.Digest[:]...)
+	b = appendString(b, r.Source)
+	for _, t := range []time.Time{r.Modified, r.Validated, r.Gone} {
+		b = appendTime(b, t)
+	}
+	b = appendStringMap(b, r.Validators)
+	return binary.AppendVarint(b, r.Pointed)
+}
+
+func takeResolution(d *decoder) Resolution {
+	var r Resolution
+	d.array(r.Digest[:])
+	r.Source = d.string()
+	r.Modified, r.Validated, r.Gone = d.time(), d.time(), d.time()
+	r.Validators = d.stringMap()
+	r.Pointed = d.varint()
+	return r
+}
+
+// appendKnown appends the row of what discovery has found out, but for the name, which is its key.
+func appendKnown(b []byte, k Discovered) []byte {
+	b = binary.AppendUvarint(b, uint64(len(k.Templates)))
+	for _, t := range k.Templates {
+		b = appendString(appendString(b, t.Prefix), t.URL)
+	}
+	b = binary.AppendUvarint(b, uint64(len(k.Keys)))
+	for _, key := range k.Keys {
+		b = appendString(b, key)
+	}
+	return appendTime(appendString(b, k.Page), k.When)
+}
+
+func takeKnown(d *decoder) Discovered {
+	return Discovered{
+		Templates: decoded(d, 2, func(d *decoder) Template { return Template{Prefix: d.string(), URL: d.string()} }),
+		Keys:      decoded(d, 1, (*decoder).string),
+		Page:      d.string(), When: d.time(),
+	}
+}
+
 func getRecord(tx *bolt.Tx, digest acproxy.Digest) (h held, ok bool, err error) {
-	ok, err = getJSON(tx, bucketRecords, digest[:], &h)
+	h, ok, err = getRow(tx, bucketRecords, digest[:], takeHeld)
+	h.Digest = digest
 	return h, ok, err
+}
+
+// hasRecord is getRecord for those who want to know no more.
+func hasRecord(tx *bolt.Tx, digest acproxy.Digest) (bool, error) {
+	b, err := get(tx, bucketRecords, digest[:])
+	return b != nil, err
+}
+
+// getResolution returns what the ref with this key answers.
+func getResolution(tx *bolt.Tx, key []byte) (r Resolution, ok bool, err error) {
+	r, ok, err = getRow(tx, bucketRefs, key, takeResolution)
+	if !ok || err != nil {
+		return r, false, err
+	}
+	if r.Ref, err = acproxy.ParseRef(string(key)); err != nil {
+		return r, false, broken("the ref %.100q: %v", key, err)
+	}
+	return r, true, nil
+}
+
+func getKnown(tx *bolt.Tx, name []byte) (k Discovered, ok bool, err error) {
+	k, ok, err = getRow(tx, bucketKnown, name, takeKnown)
+	k.Name = string(name)
+	return k, ok, err
 }
 
 // getImage reads everything about an image, nil if it is not in the index.
@@ -98,8 +280,7 @@ func getImage(tx *bolt.Tx, digest acproxy.Digest) (*image, error) {
 	}
 	img.Manifest, img.Signature = bytes.Clone(manifest), bytes.Clone(signature)
 	err = scan(tx, bucketHeld, digest[:], nil, func(key, _ []byte) error {
-		var r Resolution
-		ok, err := getJSON(tx, bucketRefs, key[len(digest):], &r)
+		r, ok, err := getResolution(tx, key[len(digest):])
 		if ok && r.Digest == digest {
 			img.Refs = append(img.Refs, r)
 		}
@@ -116,7 +297,7 @@ func putImage(tx *bolt.Tx, img *image) (displaced []acproxy.Digest, err error) {
 		return nil, err
 	}
 	h := held{img.Record, img.sidecar}
-	if err := putJSON(tx, bucketRecords, digest[:], h); err != nil {
+	if err := put(tx, bucketRecords, digest[:], appendHeld(nil, h)); err != nil {
 		return nil, err
 	}
 	for _, key := range keysOf(img.Record) {
@@ -150,8 +331,7 @@ func putImage(tx *bolt.Tx, img *image) (displaced []acproxy.Digest, err error) {
 // putRef lets a ref answer an image from now on, unless a later answer is known. It returns the image that lost the ref by that, if any.
 func putRef(tx *bolt.Tx, r Resolution) (loser acproxy.Digest, err error) {
 	key := []byte(r.Ref.String())
-	var before Resolution
-	ok, err := getJSON(tx, bucketRefs, key, &before)
+	before, ok, err := getRow(tx, bucketRefs, key, takeResolution)
 	if err != nil {
 		return loser, err
 	}
@@ -167,7 +347,7 @@ func putRef(tx *bolt.Tx, r Resolution) (loser acproxy.Digest, err error) {
 	if ok && before.Digest == r.Digest && before.Pointed > r.Pointed {
 		return loser, nil
 	}
-	if err := putJSON(tx, bucketRefs, key, r); err != nil {
+	if err := put(tx, bucketRefs, key, appendResolution(nil, r)); err != nil {
 		return loser, err
 	}
 	return loser, put(tx, bucketHeld, append(r.Digest[:], key...), nil)
@@ -217,12 +397,12 @@ func dropImage(tx *bolt.Tx, digest acproxy.Digest) error {
 }
 
 func addTotals(tx *bolt.Tx, h held, n int64) error {
-	var t totals
-	if _, err := getJSON(tx, bucketState, []byte(stateTotals), &t); err != nil {
+	t, _, err := getRow(tx, bucketState, []byte(stateTotals), takeTotals)
+	if err != nil {
 		return err
 	}
 	t.add(h, n)
-	return putJSON(tx, bucketState, []byte(stateTotals), t)
+	return put(tx, bucketState, []byte(stateTotals), appendTotals(nil, t))
 }
 
 type bucketKey struct {
@@ -269,8 +449,7 @@ func digestIn(key []byte) (acproxy.Digest, error) {
 
 // putKnown writes what discovery has found out about a name.
 func putKnown(tx *bolt.Tx, found Discovered) error {
-	var before Discovered
-	ok, err := getJSON(tx, bucketKnown, []byte(found.Name), &before)
+	before, ok, err := getKnown(tx, []byte(found.Name))
 	if err != nil {
 		return err
 	}
@@ -286,7 +465,7 @@ func putKnown(tx *bolt.Tx, found Discovered) error {
 			return err
 		}
 	}
-	return putJSON(tx, bucketKnown, []byte(found.Name), found)
+	return put(tx, bucketKnown, []byte(found.Name), appendKnown(nil, found))
 }
 
 func hostKey(host, name string) []byte { return slices.Concat([]byte(host), []byte{0}, []byte(name)) }
@@ -326,8 +505,13 @@ func putTime(tx *bolt.Tx, bucket string, key []byte, t time.Time) error {
 
 func getTime(tx *bolt.Tx, bucket string, key []byte) (time.Time, error) {
 	b, err := get(tx, bucket, key)
-	if err != nil || len(b) != 8 {
-		return time.Time{}, err
+	t, _ := timeIn(b)
+	return t, err
+}
+
+func timeIn(b []byte) (t time.Time, ok bool) {
+	if len(b) != 8 {
+		return t, false
 	}
-	return time.Unix(0, int64(order.Uint64(b))).UTC(), nil
+	return time.Unix(0, int64(order.Uint64(b))).UTC(), true
 }

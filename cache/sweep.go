@@ -183,7 +183,7 @@ func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acp
 			if img == nil {
 				continue
 			}
-			if _, ok, err := getRecord(tx, img.Record.Digest); ok || err != nil {
+			if ok, err := hasRecord(tx, img.Record.Digest); ok || err != nil {
 				if err != nil {
 					return err
 				}
@@ -333,8 +333,7 @@ func (d *Disk) sweepNames(ix *index) error {
 		}
 		err := ix.update(func(tx *bolt.Tx) error {
 			for _, k := range known {
-				var before Discovered
-				ok, err := getJSON(tx, bucketKnown, []byte(k.Name), &before)
+				before, ok, err := getKnown(tx, []byte(k.Name))
 				if err == nil && (!ok || before.When.Before(k.When)) {
 					err = putKnown(tx, k)
 				}

@@ -1,0 +1,25 @@
+package cache
+
+import (
+	"strconv"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// Schema is the version of the index.
+const Schema = schema
+
+// SetSchema makes an index one of another version.
+func SetSchema(path string, version int) error {
+	db, err := bolt.Open(path, filePerm, nil)
+	if err != nil {
+		return err
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		return put(tx, bucketState, []byte(stateSchema), []byte(strconv.Itoa(version)))
+	})
+	if err != nil {
+		return err
+	}
+	return db.Close()
+}

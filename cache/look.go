@@ -1,0 +1,375 @@
+package cache
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"sync"
+	"sync/atomic"
+)
+
+// This file looks single rows up without bbolt. bbolt reads through a memory map, and each page that a random look-up touches then counts as
+// memory of the process, and costs a page fault that brings its neighbours along. Here the branch pages of the buckets that are asked most, a
+// hundredth of the file, are kept in memory, and the one leaf page that a look-up needs is read.
+//
+// bbolt never writes over a page that the last committed transaction uses, or it could not survive a crash in the next one. So what a
+// transaction left can be read without a lock until the second one after it begins, and whoever was too slow for that looks again.
+
+// looked are the buckets that can be looked into.
+var looked = []string{bucketRefs, bucketRecords, bucketSignatures, bucketUsed, bucketKnown}
+
+// A snapshot is the state that one transaction left.
+type snapshot struct {
+	generation uint64
+	turn       uint64 // how many transactions had begun
+	pageSize   int64
+	trees      map[string]*tree
+}
+
+// tree is one bucket: root if it has branch pages, else the leaf page that it consists of, or that leaf itself if it stands in its parent's page.
+type tree struct {
+	root   *branch
+	leaf   uint64
+	inline []byte
+}
+
+// branch is a branch page that was found in order. Branches don't change, and are shared by the snapshots that they belong to.
+type branch struct {
+	id       uint64
+	page     []byte
+	children []*branch // nil if leaf pages are below
+}
+
+func (b *branch) count() int { return int(order.Uint16(b.page[10:])) }
+
+func (b *branch) key(i int) []byte {
+	at := pageHeader + i*elementSize
+	from := at + int(order.Uint32(b.page[at:]))
+	return b.page[from : from+int(order.Uint32(b.page[at+4:]))]
+}
+
+func (b *branch) child(i int) uint64 { return order.Uint64(b.page[pageHeader+i*elementSize+8:]) }
+
+// find returns the last child whose keys begin at or before key, the first one if there is none; with before, at keys that are before it.
+func (b *branch) find(key []byte, before bool) int {
+	low, high := 0, b.count()
+	for low < high {
+		middle := (low + high) / 2
+		if c := bytes.Compare(b.key(middle), key); c < 0 || c == 0 && !before {
+			low = middle + 1
+		} else {
+			high = middle
+		}
+	}
+	return max(low-1, 0)
+}
+
+// snapshots reads a file of bbolt as its last transactions left it.
+type snapshots struct {
+	f     *os.File
+	last  atomic.Pointer[snapshot]
+	begun atomic.Uint64 // transactions, counted before they begin
+	looks sync.Pool     // of *look
+}
+
+// take makes what is in the file now the last snapshot. No transaction may be open for writing.
+func (s *snapshots) take(generation uint64) error {
+	fi, err := s.f.Stat()
+	if err != nil {
+		return err
+	}
+	m, _, err := readMetas(s.f, fi.Size())
+	if err != nil {
+		return err
+	}
+	next := &snapshot{generation: generation, turn: s.begun.Load(), pageSize: m.pageSize, trees: make(map[string]*tree)}
+	before := s.last.Load()
+	if before == nil {
+		before = &snapshot{}
+	}
+	l := look{f: s.f, snapshot: next}
+	err = l.rows(m.root, 0, func(flags uint32, key, value []byte) error {
+		if flags != bucketFlag || len(value) < bucketHeader {
+			return broken("%q is not a bucket", key)
+		}
+		for _, bucket := range looked {
+			if string(key) == bucket {
+				t, err := (&look{f: s.f, snapshot: next}).tree(value, before.trees[bucket])
+				next.trees[bucket] = t
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		s.last.Store(next)
+	}
+	return err
+}
+
+// look lets a function look rows up, all of them in one state of the index. The function may be called more than once.
+func (s *snapshots) look(do func(*look) error) error {
+	l, ok := s.looks.Get().(*look)
+	if !ok {
+		l = &look{f: s.f}
+	}
+	defer s.looks.Put(l)
+	for {
+		l.snapshot = s.last.Load()
+		err := do(l)
+		if s.begun.Load() <= l.snapshot.turn+1 {
+			return err
+		}
+	}
+}
+
+// A look is one visit to a snapshot.
+type look struct {
+	f        *os.File
+	snapshot *snapshot
+	buf      []byte
+}
+
+// read reads a page whole. It is valid until the next one is read.
+func (l *look) read(id uint64, kind uint16) ([]byte, error) {
+	size := l.snapshot.pageSize
+	for {
+		if int64(cap(l.buf)) < size {
+			l.buf = make([]byte, size)
+		}
+		b := l.buf[:size]
+		n, err := l.f.ReadAt(b, int64(id)*l.snapshot.pageSize)
+		switch {
+		case errors.Is(err, os.ErrClosed):
+			return nil, errClosed
+		case n < len(b):
+			// A disk that can't read the index any more is no better than one that has lost it.
+			return nil, broken("reading page %d: %v", id, err)
+		case order.Uint64(b) != id:
+			return nil, broken("page %d says that it is page %d", id, order.Uint64(b))
+		case kind != 0 && order.Uint16(b[8:]) != kind:
+			return nil, broken("page %d has flags %x and not %x", id, order.Uint16(b[8:]), kind)
+		}
+		whole := (int64(order.Uint32(b[12:])) + 1) * l.snapshot.pageSize
+		if whole > maxPageBytes {
+			return nil, broken("page %d has %d bytes", id, whole)
+		}
+		if whole <= size {
+			return b[:whole], nil
+		}
+		size = whole
+	}
+}
+
+// get returns a value, nil if there is none. It is valid until the next look at something.
+func (l *look) get(bucket string, key []byte) ([]byte, error) {
+	t := l.snapshot.trees[bucket]
+	if t == nil {
+		return nil, broken("the bucket %s is missing", bucket)
+	}
+	b, err := l.leaf(t, key)
+	if err != nil {
+		return nil, err
+	}
+	stored, err := inLeaf(b, key)
+	if stored == nil || err != nil {
+		return nil, err
+	}
+	return opened(bucket, key, stored)
+}
+
+// leaf returns the leaf page on which a key is, if it is anywhere.
+func (l *look) leaf(t *tree, key []byte) ([]byte, error) {
+	id := t.leaf
+	switch {
+	case t.inline != nil:
+		return t.inline, nil
+	case t.root != nil:
+		id, _, _ = t.root.leaf(key, false)
+	}
+	return l.read(id, leafPage)
+}
+
+// leaf returns the leaf page whose keys begin at or before key, or with before, before it; and between what its keys have to be, nil being no
+// bound.
+func (b *branch) leaf(key []byte, before bool) (id uint64, low, high []byte) {
+	for {
+		i := b.find(key, before)
+		if i > 0 {
+			low = b.key(i)
+		}
+		if i+1 < b.count() {
+			high = b.key(i + 1)
+		}
+		if b.children == nil {
+			return b.child(i), low, high
+		}
+		b = b.children[i]
+	}
+}
+
+// inLeaf returns the value of a key on a leaf page, nil if it is not there. It believes nothing that the page says of itself.
+func inLeaf(b, key []byte) ([]byte, error) {
+	if len(b) < pageHeader || order.Uint16(b[8:]) != leafPage {
+		return nil, broken("a page inside another is not one")
+	}
+	low, high := 0, int(order.Uint16(b[10:]))
+	if pageHeader+high*elementSize > len(b) {
+		return nil, broken("page %d has %d elements in %d bytes", order.Uint64(b), high, len(b))
+	}
+	for low < high {
+		middle := (low + high) / 2
+		at := pageHeader + middle*elementSize
+		from, ksize, vsize := at+int(order.Uint32(b[at+4:])), int(order.Uint32(b[at+8:])), int(order.Uint32(b[at+12:]))
+		if from > len(b) || ksize > len(b)-from || vsize > len(b)-from-ksize {
+			return nil, broken("element %d of page %d lies outside of it", middle, order.Uint64(b))
+		}
+		switch c := bytes.Compare(b[from:from+ksize], key); {
+		case c < 0:
+			low = middle + 1
+		case c > 0:
+			high = middle
+		default:
+			return b[from+ksize : from+ksize+vsize : from+ksize+vsize], nil
+		}
+	}
+	return nil, nil
+}
+
+// confirm returns an error if something is wrong where a key that get didn't find would be. Every row carries a checksum of its key, so that
+// one whose key was changed by accident shows; and if a key on a branch page was, then rows of the leaf page or of one of its neighbours are
+// not between the keys that they should be.
+func (l *look) confirm(bucket string, key []byte) error {
+	t := l.snapshot.trees[bucket]
+	row := func(_ uint32, key, stored []byte) error {
+		_, err := opened(bucket, key, stored)
+		return err
+	}
+	switch {
+	case t == nil:
+		return broken("the bucket %s is missing", bucket)
+	case t.inline != nil:
+		return elements(t.inline, leafPage, nil, nil, row)
+	case t.root == nil:
+		b, err := l.read(t.leaf, leafPage)
+		if err != nil {
+			return err
+		}
+		return elements(b, leafPage, nil, nil, row)
+	}
+	check := func(key []byte, before bool) (low, high []byte, err error) {
+		id, low, high := t.root.leaf(key, before)
+		b, err := l.read(id, leafPage)
+		if err == nil {
+			err = elements(b, leafPage, low, high, row)
+		}
+		return low, high, err
+	}
+	low, high, err := check(key, false)
+	if err == nil && low != nil {
+		_, _, err = check(low, true)
+	}
+	if err == nil && high != nil {
+		_, _, err = check(high, false)
+	}
+	return err
+}
+
+// rows calls fn for the rows of a small tree.
+func (l *look) rows(id uint64, depth int, fn func(flags uint32, key, value []byte) error) error {
+	b, err := l.read(id, 0)
+	if err != nil {
+		return err
+	}
+	switch flags := order.Uint16(b[8:]); {
+	case flags == leafPage:
+		return elements(b, leafPage, nil, nil, fn)
+	case flags != branchPage || depth == maxDepth:
+		return broken("page %d has flags %x, %d levels deep", id, flags, depth)
+	}
+	b = bytes.Clone(b)
+	return elements(b, branchPage, nil, nil, func(_ uint32, _, child []byte) error {
+		return l.rows(order.Uint64(child), depth+1, fn)
+	})
+}
+
+// tree reads the branch pages of a bucket, but for those that it had before.
+func (l *look) tree(value []byte, before *tree) (*tree, error) {
+	root := order.Uint64(value)
+	if root == 0 {
+		return &tree{inline: bytes.Clone(value[bucketHeader:])}, nil
+	}
+	if before == nil {
+		before = &tree{}
+	}
+	b, err := l.branch(root, 0, before.root)
+	if err != nil || b != nil {
+		return &tree{root: b}, err
+	}
+	return &tree{leaf: root}, nil
+}
+
+// branch reads a branch page and those below it; near is a page that was at about this place before. A leaf page is nil.
+func (l *look) branch(id uint64, depth int, near *branch) (*branch, error) {
+	if near != nil && near.id == id {
+		// A page that two successive transactions use has not changed in between.
+		return near, nil
+	}
+	b, err := l.read(id, 0)
+	if err != nil {
+		return nil, err
+	}
+	switch flags := order.Uint16(b[8:]); {
+	case flags == leafPage:
+		return nil, nil
+	case flags != branchPage || depth == maxDepth:
+		return nil, broken("page %d has flags %x, %d levels deep", id, flags, depth)
+	}
+	end := 0
+	err = elements(b, branchPage, nil, nil, func(_ uint32, key, _ []byte) error {
+		end += len(key)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	page := &branch{id: id}
+	page.page = bytes.Clone(b[:pageHeader+int(order.Uint16(b[10:]))*elementSize+end])
+	n := page.count()
+	if n == 0 {
+		return nil, broken("branch page %d is empty", id)
+	}
+	first, err := l.branch(page.child(0), depth+1, near.at(0))
+	if first == nil || err != nil {
+		return page, err
+	}
+	page.children = make([]*branch, n)
+	page.children[0] = first
+	// Most children are those from before, in the same order, with some in between that are new.
+	from := 0
+	for i := range n {
+		at := from
+		for near.at(at) != nil && near.at(at).id != page.child(i) {
+			at++
+		}
+		if near.at(at) == nil {
+			at = from
+		}
+		if page.children[i], err = l.branch(page.child(i), depth+1, near.at(at)); err != nil {
+			return nil, err
+		}
+		if page.children[i] == nil {
+			return nil, broken("branch page %d has leaves and branches below it", id)
+		}
+		from = at + 1
+	}
+	return page, nil
+}
+
+// at returns a child that is a branch, nil if there is none.
+func (b *branch) at(i int) *branch {
+	if b == nil || i >= len(b.children) {
+		return nil
+	}
+	return b.children[i]
+}

@@ -1,0 +1,170 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// An index of an older schema is set aside under a name of its own, and another one is made from the sidecars, as if it were broken; but what no
+// sidecar has, when images were last used and what was refused, is carried over. docs/decisions/index-schema.md says why there is no other
+// migration.
+
+// olderExt ends the name of an index of an older schema, from which something is still to be carried over.
+const olderExt = ".older"
+
+// errOlder is matched by the error about an index of an older schema.
+var errOlder = errors.New("it is of an older version")
+
+// fits returns an error matching errPages if an index is not of this schema, and errOlder if it is of an older one.
+func fits(tx *bolt.Tx) error {
+	b, err := get(tx, bucketState, []byte(stateSchema))
+	if err != nil {
+		return err
+	}
+	switch n, err := strconv.Atoi(string(b)); {
+	case err != nil:
+		return broken("its version is %q", b)
+	case n > schema:
+		return broken("it is of version %d, and this acproxy knows those up to %d", n, schema)
+	case n < schema:
+		return fmt.Errorf("%w: %w, %d", errPages, errOlder, n)
+	}
+	return nil
+}
+
+// carryOver takes over what only the index of an older schema has, if there is one, and removes it.
+func (d *Disk) carryOver(ix *index) error {
+	path := d.path(indexFile + olderExt)
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	lost, err := d.carryFrom(path, ix)
+	if err != nil {
+		return err
+	}
+	if d.ctx.Err() != nil {
+		return context.Cause(d.ctx)
+	}
+	if lost != nil {
+		d.log.Error("when images were last used, and what was refused, before the version changed, is lost", "err", lost)
+	}
+	return d.fsys.Remove(path)
+}
+
+// carryFrom returns as lost why the old index can't be read, and as err why the other one can't be written.
+func (d *Disk) carryFrom(path string, ix *index) (lost, err error) {
+	old, err := openIndex(path, newMemory())
+	if err != nil {
+		return err, nil
+	}
+	defer func() { lost = errors.Join(lost, old.close()) }()
+	if err := old.check(d.ctx); err != nil {
+		return err, nil
+	}
+	for after := []byte(nil); ; {
+		used, last, err := usedAfter(old, after)
+		if err != nil {
+			return err, nil
+		}
+		if len(used) == 0 {
+			break
+		}
+		if err := ix.update(func(tx *bolt.Tx) error { return putUsed(tx, used) }, effect{}); err != nil {
+			return nil, err
+		}
+		after = last
+	}
+	var refusals []Refused
+	err = old.peek(func(tx *bolt.Tx) error {
+		refusals, err = getRefusals(tx)
+		return err
+	})
+	if err != nil {
+		return err, nil
+	}
+	return nil, ix.update(func(tx *bolt.Tx) error { return prependRefusals(tx, refusals) }, effect{})
+}
+
+// maxCarried is how many times of last use are carried over in one transaction.
+const maxCarried = 4096
+
+type lastUse struct {
+	digest []byte
+	t      time.Time
+}
+
+// usedAfter returns the next times of last use, and the key of the last of them.
+func usedAfter(old *index, after []byte) (used []lastUse, last []byte, err error) {
+	err = old.peek(func(tx *bolt.Tx) error {
+		used = nil
+		return scan(tx, bucketUsed, nil, after, func(key, value []byte) error {
+			if len(used) == maxCarried {
+				return errEnough
+			}
+			if t, ok := timeIn(value); ok && !bytes.Equal(key, after) {
+				last = bytes.Clone(key)
+				used = append(used, lastUse{last, t})
+			}
+			return nil
+		})
+	})
+	return used, last, err
+}
+
+// putUsed notes when images were used, where nothing later is known.
+func putUsed(tx *bolt.Tx, used []lastUse) error {
+	for _, u := range used {
+		if b, err := get(tx, bucketRecords, u.digest); b == nil || err != nil {
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		known, err := getTime(tx, bucketUsed, u.digest)
+		if err == nil && known.Before(u.t) {
+			err = putTime(tx, bucketUsed, u.digest, u.t)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// prependRefusals puts refusals before those that there are.
+func prependRefusals(tx *bolt.Tx, refusals []Refused) error {
+	since, err := getRefusals(tx)
+	if err != nil {
+		return err
+	}
+	var keys [][]byte
+	err = scan(tx, bucketRefused, nil, nil, func(key, _ []byte) error {
+		keys = append(keys, bytes.Clone(key))
+		return nil
+	})
+	for _, key := range keys {
+		if err == nil {
+			err = remove(tx, bucketRefused, key)
+		}
+	}
+	all := append(slices.Clone(refusals), since...)
+	all = all[max(0, len(all)-MaxRefusals):]
+	for i, r := range all {
+		if err == nil {
+			err = putJSON(tx, bucketRefused, refusalKey(uint64(i)+1), r)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return putJSON(tx, bucketState, []byte(stateRefused), len(all))
+}
