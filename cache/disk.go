@@ -87,7 +87,8 @@ type Disk struct {
 
 	mu        sync.Mutex
 	ix        *index
-	settled   bool          // the index has been verified, and knows of everything
+	names     bool          // the index knows of everything that was reported to be held
+	settled   bool          // the index has been verified, too
 	changed   chan struct{} // closed and replaced when more is known than before
 	closed    bool
 	touched   map[acproxy.Digest]time.Time
@@ -316,7 +317,7 @@ func (d *Disk) replace(ix *index, cause error) error {
 	}
 	d.mu.Lock()
 	if closed = d.closed; !closed {
-		d.ix, d.settled = another, false
+		d.ix, d.names, d.settled = another, false, false
 		// Started under mu, so that Close, which sets closed under it, waits for them. The first ends when the last reader of the old index does.
 		d.wg.Go(func() { d.retire(ix) })
 		d.wg.Go(func() { d.begin(another) })
@@ -380,7 +381,7 @@ func (d *Disk) settle(ix *index) error {
 		if err := ix.release(); err != nil {
 			return err
 		}
-		d.announce(ix, false)
+		d.announce(ix, complete, false)
 	}
 	start := d.now()
 	if err := ix.verify(d.ctx); err != nil {
@@ -401,19 +402,19 @@ func (d *Disk) settle(ix *index) error {
 	if err != nil {
 		d.log.Error("the index can be read, but not written", "err", err)
 	}
-	d.announce(ix, true)
+	d.announce(ix, true, true)
 	d.log.Debug("the index is complete", "took", d.now().Sub(start), "rebuilt", !complete, "swept", unclean)
 	return nil
 }
 
 // announce wakes those who wait for more to be known.
-func (d *Disk) announce(ix *index, settled bool) {
+func (d *Disk) announce(ix *index, names, settled bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.ix != ix {
 		return
 	}
-	d.settled = settled
+	d.names, d.settled = names, settled
 	close(d.changed)
 	d.changed = make(chan struct{})
 }
@@ -421,20 +422,24 @@ func (d *Disk) announce(ix *index, settled bool) {
 // knowledge is what can be said of the index at a moment.
 type knowledge struct {
 	ix      *index
-	settled bool            // it names all that is held
+	names   bool            // it names all that is held
+	settled bool            // so it does, and all of it was verified
 	changed <-chan struct{} // closed when it names more
 }
 
 func (d *Disk) knowledge() knowledge {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return knowledge{d.ix, d.settled, d.changed}
+	return knowledge{d.ix, d.names, d.settled, d.changed}
 }
 
 // complete reports whether a look-up that found nothing after k was taken has found nothing in an index that names all that is held.
-func (d *Disk) complete(k knowledge) bool { return k.settled && d.index() == k.ix }
+func (d *Disk) complete(k knowledge) bool { return k.names && d.index() == k.ix }
 
-// Rebuilding reports whether the index is still being checked or made, so that what it doesn't name may be held all the same.
+// unsure reports whether a look-up that finds nothing has to make sure of it, because nobody has read the whole index yet.
+func (k knowledge) unsure() bool { return k.names && !k.settled }
+
+// Rebuilding reports whether the index is still being verified or made, so that what it doesn't name may be held all the same.
 func (d *Disk) Rebuilding() bool {
 	return !d.knowledge().settled
 }

@@ -23,7 +23,7 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 	for {
 		// Asked before looking: what becomes known in between is then waited for in vain, and seen at the next turn.
 		k := d.knowledge()
-		a, err := d.resolve(ref)
+		a, err := d.resolve(ref, k)
 		switch {
 		case err != nil:
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
@@ -34,7 +34,7 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 		case d.complete(k):
 			return Resolution{}, Record{}, notFound("not-held", ref.String()+" is not held")
 		}
-		if k.settled {
+		if k.names {
 			// The index was replaced in between.
 			continue
 		}
@@ -50,19 +50,27 @@ type answer struct {
 	rec Record
 }
 
-func (d *Disk) resolve(ref acproxy.Ref) (a *answer, err error) {
+// resolve returns what a ref answers, nil if that is not known.
+func (d *Disk) resolve(ref acproxy.Ref, k knowledge) (a *answer, err error) {
 	if a, ok := d.memory.resolve(ref); ok {
 		return a, nil
 	}
+	key := []byte(ref.String())
 	var generation uint64
 	err = d.look(func(l *look) error {
 		a, generation = nil, l.snapshot.generation
-		to, ok, err := lookUp(l, bucketRefs, []byte(ref.String()), takeResolution)
-		if !ok {
+		to, ok, err := lookUp(l, bucketRefs, key, takeResolution)
+		if err == nil && !ok && k.unsure() {
+			err = l.confirm(bucketRefs, key)
+		}
+		if !ok || err != nil {
 			return err
 		}
 		rec, ok, err := l.record(to.Digest)
-		if !ok {
+		if err == nil && !ok {
+			err = broken("no record for %v", to.Digest)
+		}
+		if err != nil {
 			return err
 		}
 		to.Ref = ref
@@ -94,58 +102,71 @@ func (l *look) record(digest acproxy.Digest) (Record, bool, error) {
 
 // Record implements [Store].
 func (d *Disk) Record(digest acproxy.Digest) (Record, error) {
-	img, err := d.image(digest)
+	rec, err := d.record(digest)
 	if err != nil {
 		return Record{}, err
 	}
-	return img.Record, nil
+	err = d.look(func(l *look) error {
+		used, err := l.get(bucketUsed, digest[:])
+		if t, ok := timeIn(used); ok && t.After(rec.Used) {
+			rec.Used = t
+		}
+		return err
+	})
+	d.useTouched(&rec)
+	return rec, err
 }
 
-// image returns everything about an image. While the index is being made, one that isn't in it yet is looked for in its sidecar.
-func (d *Disk) image(digest acproxy.Digest) (*image, error) {
+// record is Record without the time of the last use.
+func (d *Disk) record(digest acproxy.Digest) (Record, error) {
+	if rec, _, ok := d.memory.records.get(digest); ok {
+		return *rec, nil
+	}
 	for {
 		k := d.knowledge()
-		var img *image
-		err := d.view(func(tx *bolt.Tx) (err error) {
-			if img, err = getImage(tx, digest); img != nil {
-				err = useLatest(tx, &img.Record)
+		var rec Record
+		var ok bool
+		var generation uint64
+		err := d.look(func(l *look) (err error) {
+			generation = l.snapshot.generation
+			if rec, ok, err = l.record(digest); err == nil && !ok && k.unsure() {
+				err = l.confirm(bucketRecords, digest[:])
 			}
 			return err
 		})
 		switch {
 		case err != nil:
-			return nil, fmt.Errorf("looking up %v: %w", digest, err)
-		case img != nil:
-			d.useTouched(&img.Record)
-			return img, nil
+			return Record{}, fmt.Errorf("looking up %v: %w", digest, err)
+		case ok:
+			d.memory.records.put(generation, digest, &rec)
+			return rec, nil
 		case d.complete(k):
-			return nil, notHeld(digest)
+			return Record{}, notHeld(digest)
+		case k.names:
+			// The index was replaced in between.
+			continue
 		}
-		// The index takes it from there, so that the next turn finds it if it exists at all.
-		if ok, err := d.adoptOne(digest); err != nil {
-			return nil, err
-		} else if !ok {
-			return nil, notHeld(digest)
+		img, err := d.beside(digest)
+		if err != nil {
+			return Record{}, err
 		}
+		return img.Record, nil
 	}
 }
 
-// adoptOne takes an image into the index whose files are there. It reports false if they aren't.
-func (d *Disk) adoptOne(digest acproxy.Digest) (bool, error) {
-	for _, path := range []string{d.sidecarPath(digest), d.blobPath(digest)} {
-		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-			return false, nil
-		} else if err != nil {
-			return false, err
-		}
+// beside returns everything about an image that the index doesn't name yet, from its sidecar.
+func (d *Disk) beside(digest acproxy.Digest) (*image, error) {
+	// With its blob: a sidecar alone may be of a commit that never came to be.
+	if _, err := os.Lstat(d.blobPath(digest)); errors.Is(err, fs.ErrNotExist) {
+		return nil, notHeld(digest)
+	} else if err != nil {
+		return nil, err
 	}
-	var left, displaced []acproxy.Digest
-	err := d.on(func(ix *index) (err error) {
-		left, displaced, err = d.adopt(ix, []acproxy.Digest{digest})
-		return err
-	})
-	d.rewrite(displaced)
-	return len(left) == 0, err
+	img, err := d.readSidecar(digest)
+	if errors.Is(err, fs.ErrNotExist) || unreadable(err) {
+		return nil, notHeld(digest)
+	}
+	return img, err
 }
 
 // imageLocked returns everything about an image whose lock the caller holds, nil if it is not held.
@@ -189,34 +210,65 @@ func (d *Disk) useTouched(rec *Record) {
 }
 
 // Manifest implements [Store].
-func (d *Disk) Manifest(digest acproxy.Digest) ([]byte, error) { return d.raw(bucketManifests, digest) }
+func (d *Disk) Manifest(digest acproxy.Digest) ([]byte, error) {
+	// Few ask for manifests: they go by the memory map.
+	return d.published(digest, bucketManifests, func(read func(getter) error) error {
+		return d.view(func(tx *bolt.Tx) error {
+			return read(func(bucket string, key []byte) ([]byte, error) { return get(tx, bucket, key) })
+		})
+	})
+}
 
 // Signature implements [Store].
 func (d *Disk) Signature(digest acproxy.Digest) ([]byte, error) {
-	return d.raw(bucketSignatures, digest)
+	return d.published(digest, bucketSignatures, func(read func(getter) error) error {
+		return d.look(func(l *look) error { return read(l.get) })
+	})
 }
 
-func (d *Disk) raw(bucket string, digest acproxy.Digest) ([]byte, error) {
-	var b []byte
-	err := d.view(func(tx *bolt.Tx) error {
-		stored, err := get(tx, bucket, digest[:])
-		b = bytes.Clone(stored)
-		return err
-	})
-	if err != nil || b != nil {
-		return b, err
+// getter gets a value, nil if there is none.
+type getter func(bucket string, key []byte) ([]byte, error)
+
+// published returns what came with an image. in lets a function read from the index.
+func (d *Disk) published(digest acproxy.Digest, bucket string, in func(func(getter) error) error) ([]byte, error) {
+	for {
+		k := d.knowledge()
+		var b []byte
+		held := false
+		err := in(func(get getter) error {
+			stored, err := get(bucket, digest[:])
+			b, held = bytes.Clone(stored), stored != nil
+			if held || err != nil {
+				return err
+			}
+			row, err := get(bucketRecords, digest[:])
+			held = row != nil
+			return err
+		})
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("looking up %v: %w", digest, err)
+		case b != nil:
+			return b, nil
+		case held:
+			return nil, notFound("unsigned", fmt.Sprintf("the image %v has no signature", digest))
+		case d.complete(k):
+			return nil, notHeld(digest)
+		case k.names:
+			// The index was replaced in between.
+			continue
+		}
+		img, err := d.beside(digest)
+		switch {
+		case err != nil:
+			return nil, err
+		case bucket == bucketManifests:
+			return img.Manifest, nil
+		case len(img.Signature) == 0:
+			return nil, notFound("unsigned", fmt.Sprintf("the image %v has no signature", digest))
+		}
+		return img.Signature, nil
 	}
-	img, err := d.image(digest)
-	if err != nil {
-		return nil, err
-	}
-	if bucket == bucketManifests {
-		return img.Manifest, nil
-	}
-	if len(img.Signature) == 0 {
-		return nil, notFound("unsigned", fmt.Sprintf("the image %v of %s has no signature", digest, img.Record.Name))
-	}
-	return img.Signature, nil
 }
 
 // OpenBlob implements [Store].
@@ -231,29 +283,6 @@ func (d *Disk) OpenBlob(digest acproxy.Digest) (*os.File, error) {
 		return d.openOrLose(digest)
 	}
 	return f, err
-}
-
-// record is Record without the time of the last use.
-func (d *Disk) record(digest acproxy.Digest) (Record, error) {
-	if rec, _, ok := d.memory.records.get(digest); ok {
-		return *rec, nil
-	}
-	var rec Record
-	var ok bool
-	var generation uint64
-	err := d.look(func(l *look) (err error) {
-		generation = l.snapshot.generation
-		rec, ok, err = l.record(digest)
-		return err
-	})
-	if err != nil {
-		return Record{}, err
-	}
-	if ok {
-		d.memory.records.put(generation, digest, &rec)
-		return rec, nil
-	}
-	return d.Record(digest)
 }
 
 // errNotWhole is matched by the error of opening a blob that isn't there, or isn't all there.
@@ -484,12 +513,13 @@ func (d *Disk) Known(name string) (Discovered, bool) {
 	var k Discovered
 	ok := false
 	before := d.knowledge()
-	err := d.view(func(tx *bolt.Tx) (err error) {
-		k, ok, err = getKnown(tx, []byte(name))
+	err := d.look(func(l *look) (err error) {
+		k, ok, err = lookUp(l, bucketKnown, []byte(name), takeKnown)
 		return err
 	})
-	if err == nil && !ok && !d.complete(before) {
-		// The index is being made; the name's own file knows.
+	k.Name = name
+	if err == nil && !ok && (before.unsure() || !d.complete(before)) {
+		// The index is being made, or has not been verified; the name's own file knows.
 		if k, ok, err = d.readName(d.namePath(name)); errors.Is(err, fs.ErrNotExist) {
 			err = nil
 		}

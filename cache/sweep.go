@@ -49,7 +49,7 @@ func (d *Disk) sweep(ix *index, trust bool) error {
 		if err := d.sweepShard(ix, fmt.Sprintf("%02x", i), trust); err != nil {
 			return err
 		}
-		d.announce(ix, false)
+		d.announce(ix, trust, false)
 	}
 	return nil
 }
