@@ -30,9 +30,6 @@ const (
 // pageTimeout bounds one page as a whole. The client's own timeouts don't: a page may come a byte at a time.
 const pageTimeout = 2 * time.Minute
 
-// maxRetryAfter bounds what a publisher may say about when to come back.
-const maxRetryAfter = 24 * time.Hour
-
 // simpleTemplate is the URL of the old simple discovery.
 const simpleTemplate = "https://{name}-{version}-{os}-{arch}.{ext}"
 
@@ -267,8 +264,11 @@ func (p *page) attempts(tags Tags, all int, name string) acproxy.Trace {
 	}
 	last := &trace[len(trace)-1]
 	var notes []string
-	if p.cached {
+	switch {
+	case p.cached:
 		notes = append(notes, "cached")
+	case last.Note != "":
+		notes = append(notes, last.Note)
 	}
 	switch {
 	case p.status/100 == 4:
@@ -419,7 +419,7 @@ func (f *Finder) fetchFrom(ctx context.Context, name, url string) (*page, error)
 		if cause != nil {
 			last.Err += ": " + cause.Error()
 		}
-		return &acproxy.Error{Kind: kind, Code: code, Detail: "the discovery page " + url + " " + detail, Trace: trace, RetryAfter: f.retryAfter(resp.Header), Err: cause}
+		return &acproxy.Error{Kind: kind, Code: code, Detail: "the discovery page " + url + " " + detail, Trace: trace, RetryAfter: web.RetryAfter(resp, f.cfg.Now()), Err: cause}
 	}
 	switch status := resp.StatusCode; {
 	case status == http.StatusRequestTimeout, status == http.StatusTooEarly, status == http.StatusTooManyRequests:
@@ -445,22 +445,6 @@ func statusText(status int) string {
 		return strconv.Itoa(status) + " " + text
 	}
 	return strconv.Itoa(status)
-}
-
-// retryAfter reads Retry-After (RFC 9110, section 10.2.3), 0 if there is none.
-func (f *Finder) retryAfter(h http.Header) time.Duration {
-	value := h.Get("Retry-After")
-	if value == "" {
-		return 0
-	}
-	if seconds, err := strconv.ParseUint(value, 10, 32); err == nil {
-		return min(time.Duration(seconds)*time.Second, maxRetryAfter)
-	}
-	at, err := http.ParseTime(value)
-	if err != nil {
-		return 0
-	}
-	return min(max(at.Sub(f.cfg.Now()), 0), maxRetryAfter)
 }
 
 var errPageTooLarge = errors.New("the page is too large")

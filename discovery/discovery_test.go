@@ -532,18 +532,6 @@ func closedPort(t *testing.T) string {
 }
 
 func TestRetryAfter(t *testing.T) {
-	now := time.Unix(1_000_000, 0)
-	f := finder(t, Config{Now: func() time.Time { return now }}, web.Config{Offline: true})
-	tests := []struct {
-		value string
-		want  time.Duration
-	}{{"", 0}, {"7", 7 * time.Second}, {"-7", 0}, {"x", 0}, {"86401", maxRetryAfter}, {"99999999999999999999", 0},
-		{now.Add(time.Minute).UTC().Format(http.TimeFormat), time.Minute}, {now.Add(-time.Minute).UTC().Format(http.TimeFormat), 0}}
-	for _, tt := range tests {
-		if got := f.retryAfter(http.Header{"Retry-After": {tt.value}}); got != tt.want {
-			t.Errorf("retryAfter(%q) = %v, want %v", tt.value, got, tt.want)
-		}
-	}
 	s := newSite(t, map[string]string{})
 	s.status["example.com/"], s.header["example.com/"] = 429, http.Header{"Retry-After": {"7"}}
 	_, err := finder(t, Config{}, s.web()).Templates(t.Context(), "example.com")

@@ -124,7 +124,7 @@ func (g *keyGetter) get(ctx context.Context, name, url string) ([]byte, error) {
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		return nil, &acproxy.Error{
-			Kind: acproxy.ErrPublisher, Code: "publisher-status", Trace: trace, Detail: fmt.Sprintf("asking for the key %s: its publisher answers %s", web.Redacted(url), resp.Status),
+			Kind: acproxy.ErrPublisher, Code: "publisher-status", Trace: trace, RetryAfter: web.RetryAfter(resp, time.Now()), Detail: fmt.Sprintf("asking for the key %s: its publisher answers %s", web.Redacted(url), resp.Status),
 		}
 	}
 	return readKeyData(resp.Body, web.Redacted(url))
