@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -583,6 +584,47 @@ func TestPlainHTTP(t *testing.T) {
 			}
 			if tt.ok && (found.Page != "http://example.com?ac-discovery=1" || len(found.Trace) != 2) {
 				t.Errorf("found %+v", found)
+			}
+		})
+	}
+}
+
+// TestPlainHTTPOfHostThatIsDown: a host that speaks http alone is found, although nobody tries https any more after a while; one that answered https
+// with nonsense until then isn't.
+func TestPlainHTTPOfHostThatIsDown(t *testing.T) {
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, tag("example.com", "http://h/{name}.{ext}"))
+	}))
+	t.Cleanup(plain.Close)
+	for _, tt := range []struct {
+		name, https, code string
+	}{
+		{"nobody listens on https", closedPort(t), ""}, {"https speaks http", plain.Listener.Addr().String(), "publisher-tls publisher-down publisher-down"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var dials atomic.Int64
+			wc := newSite(t, nil).web()
+			wc.Rules[0].HTTP = true
+			wc.Hosts = map[string]string{"example.com:443": tt.https, "example.com:80": plain.Listener.Addr().String()}
+			wc.Limits = web.Limits{Failures: 1, Open: time.Hour, MaxOpen: time.Hour}
+			wc.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+				if addr == tt.https {
+					dials.Add(1)
+				}
+				return (&net.Dialer{}).DialContext(ctx, network, addr)
+			}
+			f := finder(t, Config{Rules: []Rule{{HTTP: true}}}, wc)
+			var codes []string
+			for i := range 3 {
+				found, err := f.Templates(t.Context(), fmt.Sprint("example.com/", i))
+				if err != nil {
+					codes = append(codes, codeOf(err))
+				} else if found.Page != fmt.Sprintf("http://example.com/%d?ac-discovery=1", i) {
+					t.Errorf("found %+v", found)
+				}
+			}
+			if got := strings.Join(codes, " "); got != tt.code || dials.Load() != 1 {
+				t.Errorf("codes %q after %d dials, want %q after one", got, dials.Load(), tt.code)
 			}
 		})
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -15,6 +16,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/acproxy/acproxy"
 )
@@ -37,7 +40,8 @@ type Rule struct {
 	HTTP bool
 	// RootCAs are the authorities that a publisher's certificate may come from; nil means the system's.
 	RootCAs *x509.CertPool
-	// Timeout bounds the time from asking to the headers of the last answer, redirects included; 0 means Config.Timeout.
+	// Timeout bounds the time from asking to the headers of the last answer, redirects included; 0 means Config.Timeout. Waiting for one's
+	// turn (Config.Limits) is not part of it, and may take as long again.
 	Timeout time.Duration
 	// Proxy is the proxy for outgoing connections; nil means what the environment says (Config.Environment).
 	Proxy *url.URL
@@ -66,6 +70,8 @@ type Config struct {
 	MaxRedirects   int           // redirects followed; 0 means DefaultMaxRedirects, less than 0 none
 	MaxHeaderBytes int64         // bytes of an answer's headers; 0 means DefaultMaxHeaderBytes
 
+	Limits Limits // how each host is spared
+
 	// Offline makes every request fail with acproxy.ErrOffline before any look-up or connection.
 	Offline bool
 	// DialContext connects to an address that was looked up and checked before; nil means net.Dialer's.
@@ -73,6 +79,10 @@ type Config struct {
 	// Environment returns the proxy for a URL if its rule names none; nil means what HTTP_PROXY, HTTPS_PROXY and NO_PROXY say,
 	// as http.ProxyFromEnvironment reads them.
 	Environment func(*url.URL) (*url.URL, error)
+	// Now is the clock by which hosts are left alone; nil means time.Now.
+	Now func() time.Time
+	// Random is from 0 to 1, and spreads the times at which hosts are asked again; nil means rand.Float64.
+	Random func() float64
 }
 
 // A Client asks publishers. It is safe for concurrent use.
@@ -80,6 +90,7 @@ type Client struct {
 	cfg    Config
 	hosts  map[string]string // Config.Hosts, the keys as dialKey writes them
 	routes []*route          // by prefix, longest first; the last one matches every name
+	gate   *gate
 }
 
 // A route is a Rule with connections of its own: what one rule trusts must not answer for another.
@@ -113,7 +124,13 @@ func New(cfg Config) *Client {
 	if cfg.Environment == nil {
 		cfg.Environment = func(u *url.URL) (*url.URL, error) { return http.ProxyFromEnvironment(&http.Request{URL: u}) }
 	}
-	c := &Client{cfg: cfg, hosts: make(map[string]string, len(cfg.Hosts))}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Random == nil {
+		cfg.Random = rand.Float64
+	}
+	c := &Client{cfg: cfg, hosts: make(map[string]string, len(cfg.Hosts)), gate: newGate(cfg.Limits, cfg.Now, cfg.Random)}
 	for host, where := range cfg.Hosts {
 		c.hosts[normalHost(host)] = where
 	}
@@ -154,8 +171,8 @@ func (c *Client) newRoute(rule Rule) *route {
 	return r
 }
 
-// Dial connects to host:port for somebody else's connection, within the dial rules for no name in particular. The caller closes the connection.
-// Errors are those of Get.
+// Dial connects to host:port for somebody else's connection, within the dial rules for no name in particular, and without regard to
+// Config.Limits: those who wait are not ours to keep waiting. The caller closes the connection. Errors are those of Get.
 func (c *Client) Dial(ctx context.Context, hostport string) (net.Conn, error) {
 	if c.cfg.Offline {
 		return nil, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "this side is set to be offline and does not connect to " + hostport}
@@ -177,6 +194,9 @@ func (c *Client) Close() {
 	}
 }
 
+// Hosts returns how things are with the hosts that were asked lately, by name.
+func (c *Client) Hosts() []HostState { return c.gate.states() }
+
 // Rule returns the rule that is used for an image name, with the client's defaults filled in. Two names with the same Prefix there share
 // connections, and answers got for one may be used for the other.
 func (c *Client) Rule(name string) Rule { return c.route(name).rule }
@@ -191,7 +211,10 @@ func (c *Client) route(name string) *route {
 }
 
 // Get asks for a URL on behalf of an image name, whose rule decides how, and follows redirects. what says in the trace what is asked for,
-// as [acproxy.Attempt] lists it. The trace has one attempt for each URL asked.
+// as [acproxy.Attempt] lists it; "image" also says that the answer may be large. The trace has one attempt for each URL asked.
+//
+// Each host is asked within Config.Limits. A request may have to wait for its turn; it keeps its place at the host until its body was read to the
+// end or closed. At a host that is down, or wants to be left alone, it fails at once.
 //
 // An answer of any status is returned without an error, except the redirects that were followed (301, 302, 303, 307 and 308 with a
 // Location); nothing is decoded. The caller closes its body. Reading the body fails as Get does: with an error matching
@@ -200,8 +223,9 @@ func (c *Client) route(name string) *route {
 // The header goes with every request, except that Authorization, Cookie and Proxy-Authorization do not follow a redirect to another
 // origin (scheme, host and port, RFC 6454).
 //
-// Errors match [acproxy.ErrOffline], [acproxy.ErrRefused] if the dial rules forbid it, [acproxy.ErrTimeout], [acproxy.ErrPublisher], or
-// the error of ctx if that was what ended it. Those that are an [acproxy.Error] carry the trace too.
+// Errors match [acproxy.ErrOffline], [acproxy.ErrRefused] if the dial rules forbid it, [acproxy.ErrTimeout], [acproxy.ErrPublisher],
+// [acproxy.ErrBusy] with the code [CodeBusy] if its turn didn't come, or the error of ctx if that was what ended it. Those that are an
+// [acproxy.Error] carry the trace too and, where nobody was asked, when it is worth asking again.
 func (c *Client) Get(ctx context.Context, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
 	return c.do(ctx, http.MethodGet, name, what, rawURL, header)
 }
@@ -250,6 +274,10 @@ type asking struct {
 	header http.Header
 	trace  acproxy.Trace
 
+	slow   *time.Timer     // cancels; it runs while publishers are waited for, and stands while it isn't our turn
+	left   time.Duration   // for publishers, when slow was set last
+	since  time.Time       // when that was
+	queue  time.Duration   // left for waiting
 	ctx    context.Context // the caller's, and cancelled by us with errSlow or errStalled as its cause
 	cancel context.CancelCauseFunc
 }
@@ -259,8 +287,9 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 	if cfg.Offline {
 		return nil, a.refuse(rawURL, acproxy.ErrOffline, "offline", "this side is set to be offline and asks no publisher for "+Redacted(rawURL))
 	}
-	slow := time.AfterFunc(a.route.rule.Timeout, func() { a.cancel(errSlow) })
-	defer slow.Stop()
+	a.left, a.queue, a.since = a.route.rule.Timeout, a.route.rule.Timeout, time.Now()
+	a.slow = time.AfterFunc(a.left, func() { a.cancel(errSlow) })
+	defer a.slow.Stop()
 	u, err := url.Parse(rawURL)
 	if err != nil {
 		return nil, a.refuse(rawURL, acproxy.ErrPublisher, "bad-url", fmt.Sprintf("%s is not a URL: %v", Redacted(rawURL), parseReason(rawURL, err)))
@@ -269,18 +298,19 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 		if err := a.check(u); err != nil {
 			return nil, err
 		}
-		resp, err := a.hop(u)
+		resp, t, err := a.hop(u)
 		if err != nil {
 			return nil, err
 		}
 		location := resp.Header.Get("Location")
 		if location == "" || !isRedirect(resp.StatusCode) {
-			resp.Body = a.body(resp.Body)
+			resp.Body = a.body(resp.Body, t)
 			return resp, nil
 		}
 		// A short body read to its end leaves the connection usable for the next request.
 		_, _ = io.CopyN(io.Discard, resp.Body, 2<<10)
 		_ = resp.Body.Close()
+		t.ended()
 		last := &a.trace[len(a.trace)-1]
 		next, err := u.Parse(location)
 		if err != nil {
@@ -288,7 +318,10 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 			return nil, a.fail(acproxy.ErrPublisher, "bad-redirect", fmt.Sprintf("%s: %s", last.URL, last.Err), nil)
 		}
 		next.Fragment, next.RawFragment = "", ""
-		last.Note = "redirects to " + Redacted(next.String())
+		if last.Note != "" {
+			last.Note += "; "
+		}
+		last.Note += "redirects to " + Redacted(next.String())
 		if redirects >= cfg.MaxRedirects {
 			last.Err = fmt.Sprintf("more than %d redirects", max(cfg.MaxRedirects, 0))
 			return nil, a.fail(acproxy.ErrPublisher, "too-many-redirects", fmt.Sprintf("%s leads to %s", a.trace[0].URL, last.Err), nil)
@@ -315,9 +348,16 @@ func isRedirect(status int) bool {
 	return false
 }
 
-// origin returns the origin of a URL (RFC 6454, section 4) as text.
+// origin returns the origin of a URL (RFC 6454, section 4) as text. The port is left out where it is the scheme's own.
 func origin(u *url.URL) string {
-	return u.Scheme + "://" + normalHost(u.Hostname()) + ":" + portOf(u)
+	host, port := normalHost(u.Hostname()), portOf(u)
+	if port == portOf(&url.URL{Scheme: u.Scheme}) {
+		if strings.Contains(host, ":") {
+			host = "[" + host + "]"
+		}
+		return u.Scheme + "://" + host
+	}
+	return u.Scheme + "://" + net.JoinHostPort(host, port)
 }
 
 func portOf(u *url.URL) string {
@@ -329,6 +369,9 @@ func portOf(u *url.URL) string {
 	}
 	return "443"
 }
+
+// maxHost is how long the host of a URL with its port may be: a name, a colon and digits, or an address with a zone.
+const maxHost = 300
 
 // check returns an error if the rules forbid asking for a URL, whoever it leads to.
 func (a *asking) check(u *url.URL) error {
@@ -342,33 +385,81 @@ func (a *asking) check(u *url.URL) error {
 		return a.refuse(shown, acproxy.ErrRefused, "insecure-url", shown+" is plain http, which is not allowed for this image name")
 	case u.Hostname() == "" || strings.HasSuffix(u.Host, ":"):
 		return a.refuse(shown, acproxy.ErrPublisher, "bad-url", shown+" names no host, or a port that is no number")
+	case len(u.Host) > maxHost:
+		return a.refuse(shown, acproxy.ErrPublisher, "bad-url", fmt.Sprintf("%s names a host of %d bytes; the longest names have 253 (RFC 1035)", shown, len(u.Host)))
+	case !utf8.ValidString(u.Host) || strings.ContainsFunc(u.Host, func(c rune) bool { return !unicode.IsPrint(c) }):
+		return a.refuse(shown, acproxy.ErrPublisher, "bad-url", fmt.Sprintf("%s names the host %q, which can't be one", shown, u.Host))
 	}
 	return nil
 }
 
-// hop asks for one URL and records the attempt.
-func (a *asking) hop(u *url.URL) (*http.Response, error) {
+// hop asks for one URL, when its turn has come, and records the attempt.
+func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 	began := time.Now()
 	a.trace = append(a.trace, acproxy.Attempt{What: a.what, URL: Redacted(u.String())})
 	last := &a.trace[len(a.trace)-1]
+	doing := "asking for " + last.URL
 	proxy, err := a.route.proxy(u)
-	if err == nil {
-		var resp *http.Response
-		req := (&http.Request{Method: a.method, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
-			WithContext(withProxy(a.ctx, proxy))
-		resp, err = a.route.transport.RoundTrip(req)
-		// What a server says because we hung up is no answer, though it may still reach us: climbing on such a 404 would be wrong.
-		if err == nil && a.ctx.Err() != nil {
-			_ = resp.Body.Close()
-			err = a.ctx.Err()
-		}
-		if err == nil {
-			last.Status, last.Took = resp.StatusCode, time.Since(began)
-			return resp, nil
-		}
+	if err != nil {
+		last.Took = time.Since(began)
+		return nil, nil, a.explain(err, doing)
+	}
+	t, err := a.wait(u)
+	if err != nil {
+		last.Took = time.Since(began)
+		return nil, nil, a.notAsked(err, doing)
+	}
+	if waited := time.Since(began); waited >= worthNoting {
+		last.Note = fmt.Sprintf("waited %v for its turn", waited.Round(time.Millisecond))
+		began = time.Now()
+	}
+	req := (&http.Request{Method: a.method, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
+		WithContext(withProxy(a.ctx, proxy))
+	resp, err := a.route.transport.RoundTrip(req)
+	// What a server says because we hung up is no answer, though it may still reach us: climbing on such a 404 would be wrong.
+	if err == nil && a.ctx.Err() != nil {
+		_ = resp.Body.Close()
+		err = a.ctx.Err()
 	}
 	last.Took = time.Since(began)
-	return nil, a.explain(err, "asking for "+last.URL)
+	if err != nil {
+		err = a.explain(err, doing)
+		t.unanswered(err, last.Err)
+		return nil, nil, err
+	}
+	last.Status = resp.StatusCode
+	t.answered(resp)
+	return resp, t, nil
+}
+
+// worthNoting is how long somebody has to wait for his turn for the trace to tell of it.
+const worthNoting = 100 * time.Millisecond
+
+// wait returns when it is our turn to ask for a URL. The publisher's time stands still meanwhile.
+func (a *asking) wait(u *url.URL) (*turn, error) {
+	began := time.Now()
+	a.left -= began.Sub(a.since)
+	running := a.slow.Stop()
+	t, err := a.route.client.gate.enter(a.ctx, asked{
+		host: origin(u), prefix: a.route.rule.Prefix, url: u.String(), large: a.what == "image" && a.method == http.MethodGet,
+	}, a.queue)
+	a.since = time.Now()
+	a.queue -= a.since.Sub(began)
+	if running {
+		a.slow.Reset(a.left)
+	}
+	return t, err
+}
+
+// notAsked adds the trace to the reason why nobody was asked.
+func (a *asking) notAsked(err error, doing string) error {
+	var e *acproxy.Error
+	if !errors.As(err, &e) {
+		return a.explain(err, doing)
+	}
+	a.trace[len(a.trace)-1].Err = e.Detail
+	e.Trace = slices.Clone(a.trace)
+	return err
 }
 
 // refuse records an attempt that was not made and returns why.
@@ -382,17 +473,18 @@ func (a *asking) fail(kind error, code, detail string, cause error) error {
 }
 
 // body returns the answer's body, wrapped so that it fails when it stalls and its errors are ours.
-func (a *asking) body(rc io.ReadCloser) io.ReadCloser {
+func (a *asking) body(rc io.ReadCloser, t *turn) io.ReadCloser {
 	stall := a.route.client.cfg.StallTimeout
 	timer := time.AfterFunc(stall, func() { a.cancel(errStalled) })
 	timer.Stop()
-	return &body{rc: rc, asking: a, timer: timer, stall: stall}
+	return &body{rc: rc, asking: a, turn: t, timer: timer, stall: stall}
 }
 
 // A body reads an answer. The timer runs only while somebody waits in Read: a reader who takes his time is not the publisher's fault.
 type body struct {
 	rc     io.ReadCloser
 	asking *asking
+	turn   *turn
 	timer  *time.Timer
 	stall  time.Duration
 	whole  bool // the end was read
@@ -407,6 +499,7 @@ func (b *body) Read(p []byte) (int, error) {
 	// cancelled is not the end of the body.
 	if err == io.EOF && b.asking.ctx.Err() == nil {
 		b.whole = true
+		b.turn.ended()
 	}
 	if err == nil || err == io.EOF && b.whole {
 		return n, err
@@ -414,13 +507,21 @@ func (b *body) Read(p []byte) (int, error) {
 	a := *b.asking
 	// The trace that Get returned is the caller's by now.
 	a.trace = slices.Clone(a.trace)
-	return n, a.explain(err, "reading the body of "+a.trace[len(a.trace)-1].URL)
+	last := &a.trace[len(a.trace)-1]
+	err = a.explain(err, "reading the body of "+last.URL)
+	b.turn.brokeOff(err, last.Err)
+	return n, err
 }
 
 // Close ends the request.
 func (b *body) Close() error {
 	err := b.rc.Close()
 	b.timer.Stop()
+	if b.asking.ctx.Err() == nil {
+		b.turn.ended()
+	} else {
+		b.turn.dropped()
+	}
 	b.asking.cancel(nil)
 	return err
 }

@@ -381,6 +381,9 @@ func TestURLsAndRedirects(t *testing.T) {
 		{name: "a redirect to nonsense", url: to(302, "https://exa mple.com/x"), hops: 1, kind: acproxy.ErrPublisher, code: "bad-redirect"},
 		{name: "nonsense", url: "https://user:sesame@exa mple.com/x", hops: 1, kind: acproxy.ErrPublisher, code: "bad-url"},
 		{name: "nonsense with a slash in the password", url: "https://user:sesame/sesame@example.com:x/x", hops: 1, kind: acproxy.ErrPublisher, code: "bad-url"},
+		{name: "a host that is not text", url: "https://example.com%ff/x", hops: 1, kind: acproxy.ErrPublisher, code: "bad-url"},
+		{name: "a host that moves the cursor", url: "https://%c2%9b2J.example.com/x", hops: 1, kind: acproxy.ErrPublisher, code: "bad-url"},
+		{name: "a host that is too long", url: "https://" + strings.Repeat("a.", 200) + "com/x", hops: 1, kind: acproxy.ErrPublisher, code: "bad-url"},
 		{name: "no host", url: "https:///x", hops: 1, kind: acproxy.ErrPublisher, code: "bad-url"},
 	}
 	for _, tt := range tests {
@@ -819,16 +822,20 @@ func TestEndAfterCancelling(t *testing.T) {
 	c := client(t, Config{StallTimeout: time.Millisecond})
 	ctx, cancel := context.WithCancelCause(t.Context())
 	a := &asking{route: c.route(""), ctx: ctx, cancel: cancel, trace: acproxy.Trace{{What: "image", URL: "https://example.com/"}}}
-	b := a.body(hangUp{ctx})
+	turn, err := c.gate.enter(ctx, asked{host: "https://example.com"}, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := a.body(hangUp{ctx}, turn)
 	defer b.Close()
-	_, err := io.Copy(io.Discard, b)
+	_, err = io.Copy(io.Discard, b)
 	checkError(t, err, acproxy.ErrTimeout, "publisher-timeout")
 }
 
 // TestAnswerAfterCancelling: what a server answers because we hung up is no answer.
 func TestAnswerAfterCancelling(t *testing.T) {
 	c := client(t, Config{Hosts: map[string]string{"example.com": "127.0.0.1:1"}, Timeout: time.Millisecond, Rules: []Rule{{HTTP: true}},
-		DialContext: func(context.Context, string, string) (net.Conn, error) {
+		Limits: Limits{Failures: -1}, DialContext: func(context.Context, string, string) (net.Conn, error) {
 			ours, theirs := net.Pipe()
 			return &late{Conn: ours, other: theirs}, nil
 		}})
