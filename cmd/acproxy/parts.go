@@ -34,13 +34,14 @@ func newWeb(cfg *config.Config, via string) (*web.Client, error) {
 	out := web.Config{
 		Hosts: d.Hosts, Allow: d.Allow, UserAgent: d.UserAgent, Via: via, Offline: cfg.Offline,
 		ConnectTimeout: time.Duration(d.ConnectTimeout), Timeout: time.Duration(d.Timeout), StallTimeout: time.Duration(d.StallTimeout),
-		MaxRedirects: d.MaxRedirects,
+		MaxRedirects: orNone[int](d.MaxRedirects),
+		Limits: web.Limits{
+			MaxConnections: orNone[int](d.MaxConnections), Rate: orNone[int](d.Rate), Burst: d.Burst, MaxRetryAfter: orNone[time.Duration](d.MaxRetryAfter),
+			Failures: orNone[int](d.Breaker.Failures), Open: time.Duration(d.Breaker.Open), MaxOpen: time.Duration(d.Breaker.MaxOpen),
+		},
 	}
 	if out.UserAgent == "" {
 		out.UserAgent = "acproxy/" + buildVersion()
-	}
-	if d.MaxRedirects == 0 {
-		out.MaxRedirects = -1
 	}
 	if d.Resolver != "" {
 		out.Resolver = resolver(d.Resolver)
@@ -113,7 +114,7 @@ func newFinder(cfg *config.Config, client *web.Client) *discovery.Finder {
 }
 
 // orNone turns a configured 0, which means none, into what the parts take for none; their 0 means the default.
-func orNone[T int64 | time.Duration, C int | config.Duration](configured C) T {
+func orNone[T int | int64 | time.Duration, C int | config.Duration](configured C) T {
 	if configured == 0 {
 		return -1
 	}

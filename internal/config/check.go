@@ -232,6 +232,34 @@ func (c *Config) checkDial(r *report) {
 	if strings.ContainsFunc(c.Dial.UserAgent, func(c rune) bool { return c < ' ' || c > '~' }) {
 		r.value("dial.user_agent", "%q can't go into a header: write it in one line of ASCII", clip(c.Dial.UserAgent))
 	}
+	c.checkLimits(r)
+}
+
+// checkLimits checks how publishers are spared.
+func (c *Config) checkLimits(r *report) {
+	d, defaults := c.Dial, Default().Dial
+	if d.MaxConnections == 1 && !r.broken("dial.max_connections") {
+		r.value("dial.max_connections", "with 1, the signature of an image would wait for the end of another image: write 2 or more, or 0 for no limit")
+	}
+	for _, number := range []struct {
+		path string
+		got  int
+	}{{"dial.max_connections", d.MaxConnections}, {"dial.rate", d.Rate}, {"dial.breaker.failures", d.Breaker.Failures}} {
+		if number.got < 0 && !r.broken(number.path) {
+			r.value(number.path, "%d is negative: write a number, or 0 for none", number.got)
+		}
+	}
+	positive(r, "dial.burst", d.Burst, defaults.Burst)
+	notNegative(r, "dial.max_retry_after", d.MaxRetryAfter)
+	positive(r, "dial.breaker.open", d.Breaker.Open, defaults.Breaker.Open)
+	positive(r, "dial.breaker.max_open", d.Breaker.MaxOpen, defaults.Breaker.MaxOpen)
+	if d.Breaker.MaxOpen < d.Breaker.Open && d.Breaker.MaxOpen > 0 && !r.broken("dial.breaker") {
+		path := "dial.breaker.max_open"
+		if _, given := r.keys[path]; !given {
+			path = "dial.breaker.open"
+		}
+		r.value(path, "open (%v) is more than max_open (%v): raise the one or lower the other", d.Breaker.Open, d.Breaker.MaxOpen)
+	}
 }
 
 func (c *Config) checkDiscovery(r *report) {

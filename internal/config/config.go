@@ -191,6 +191,38 @@ type Dial struct {
 
 	// User-Agent sent to publishers. Empty: acproxy and its version.
 	UserAgent string `yaml:"user_agent"`
+
+	// Requests to one host (scheme, host and port) at a time, from before the connection until the body has come. Further ones wait for their
+	// turn, for as long as timeout says, then they are answered with 503. A quarter is kept free of images, so that signatures and discovery
+	// don't wait for downloads; that is why 1 is too little. 0 is no limit.
+	MaxConnections int `yaml:"max_connections"`
+
+	// Requests to one host that may begin in a second. Further ones wait, as above. 0 is no limit.
+	Rate int `yaml:"rate"`
+
+	// Requests to one host that may begin at once when there were none for a while.
+	Burst int `yaml:"burst"`
+
+	// How long a host that answers 429 or 503 with Retry-After is left alone at most. Until then nothing is asked of it. 0s ignores what it
+	// says.
+	MaxRetryAfter Duration `yaml:"max_retry_after"`
+
+	// When a host that is down isn't asked any more.
+	Breaker Breaker `yaml:"breaker"`
+}
+
+// Breaker is when a host that is down isn't asked any more.
+type Breaker struct {
+	// Requests in a row that have to fail: no connection, no TLS, no answer in time, 5xx other than 501, a body that breaks off. An answer in
+	// between begins anew. A file that breaks off, or gives 500, counts once however often it is asked for. 0 always asks.
+	Failures int `yaml:"failures"`
+
+	// How long the host isn't asked then. Requests for what isn't held here fail at once. After that one request is let through: if it is
+	// answered, all are, else the time doubles. It is up to a quarter shorter, by chance, so that not every acproxy asks at once.
+	Open Duration `yaml:"open"`
+
+	// How long that gets at most.
+	MaxOpen Duration `yaml:"max_open"`
 }
 
 // Discovery is how long answers to meta-discovery are kept.
@@ -428,6 +460,15 @@ func Default() Config {
 			Timeout:        seconds(30),
 			StallTimeout:   seconds(30),
 			MaxRedirects:   10,
+			MaxConnections: 16,
+			Rate:           100,
+			Burst:          200,
+			MaxRetryAfter:  minutes(5),
+			Breaker: Breaker{
+				Failures: 5,
+				Open:     seconds(5),
+				MaxOpen:  minutes(1),
+			},
 		},
 		Discovery: Discovery{
 			PositiveTTL: minutes(10),

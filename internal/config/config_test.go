@@ -58,6 +58,10 @@ dial:
   resolver: 10.0.0.53
   connect_timeout: 1m30s
   max_redirects: 0
+  max_connections: 2
+  rate: 0
+  max_retry_after: 0s
+  breaker: {failures: 0, open: 1m}
 fetch: {hold_back: 128KiB, max_image_size: 1.5GiB, signature_wait: 0}
 freshness:
   ttl: 7d
@@ -83,6 +87,8 @@ publishers:
 	want.Dial.Resolver = "10.0.0.53"
 	want.Dial.ConnectTimeout = Duration(90 * time.Second)
 	want.Dial.MaxRedirects = 0
+	want.Dial.MaxConnections, want.Dial.Rate, want.Dial.MaxRetryAfter = 2, 0, 0
+	want.Dial.Breaker = Breaker{Failures: 0, Open: minutes(1), MaxOpen: minutes(1)}
 	want.Fetch.HoldBack, want.Fetch.MaxImageSize, want.Fetch.SignatureWait = 128*KiB, 1536*MiB, 0
 	want.Freshness.TTL = Duration(7 * 24 * time.Hour)
 	yes, two, never := true, 2, Duration(0)
