@@ -42,8 +42,8 @@ var layers = map[string][]string{
 
 	// What stands on them.
 	"internal/server":  {".", "discovery", "trust", "fetch", "internal/aci", "internal/memo"},
-	"internal/admin":   {".", "cache"},
-	"internal/metrics": {".", "trust", "fetch"},
+	"internal/admin":   {".", "cache", "internal/web"},
+	"internal/metrics": {".", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {

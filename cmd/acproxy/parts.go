@@ -232,6 +232,7 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 	if p.web, err = newWeb(cfg, p.via); err != nil {
 		return p, err
 	}
+	p.metrics.Publishers(p.web.Hosts)
 	p.store, err = cache.Open(storeDir(cfg), cache.Options{
 		FlushEvery: time.Duration(cfg.Cache.AccessFlush), KeepPartials: orNone[time.Duration](cfg.Cache.KeepPartials), Log: log,
 	})

@@ -135,7 +135,8 @@ func (n *running) open(cfg *config.Config, log, access *slog.Logger) error {
 	}
 	var err error
 	n.admin, err = admin.Listen(cfg.Admin.Socket, admin.Options{
-		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() }, Log: log,
+		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() },
+		Publishers: n.parts.web.Hosts, Log: log,
 	})
 	return err
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/internal/web"
 )
 
 // A Store is what is looked into: an open store, or, through a [Client], that of a running server.
@@ -100,6 +101,8 @@ type Options struct {
 	Metrics http.Handler
 	// ReloadKeys reads the trusted keys again, now.
 	ReloadKeys func()
+	// Publishers returns how things are with the hosts that were asked lately.
+	Publishers func() []web.HostState
 	Log        *slog.Logger
 }
 
@@ -193,6 +196,7 @@ func handler(o Options) http.Handler {
 	})
 	get("image-ids/{digits}", func(r *http.Request) (any, error) { return store.ByImageID(mux.Vars(r)["digits"]) })
 	get("refusals", func(*http.Request) (any, error) { return store.Refusals() })
+	get("publishers", func(*http.Request) (any, error) { return o.Publishers(), nil })
 	get("usage", func(*http.Request) (any, error) { return store.Usage() })
 	return router
 }
@@ -298,4 +302,10 @@ func (c *Client) Refusals() (refusals []cache.Refused, err error) {
 func (c *Client) Usage() (usage cache.Usage, err error) {
 	err = c.get("usage", &usage)
 	return usage, err
+}
+
+// Publishers returns how things are with the hosts that the server asked lately, by name.
+func (c *Client) Publishers() (hosts []web.HostState, err error) {
+	err = c.get("publishers", &hosts)
+	return hosts, err
 }
