@@ -41,11 +41,12 @@ func TestPlaceIsGivenBack(t *testing.T) {
 		s.StartTLS()
 		t.Cleanup(s.Close)
 		at := s.Listener.Addr().String()
-		c := client(t, Config{
-			Rules:        []Rule{{RootCAs: pool(s)}, {Prefix: "stranger.example.com"}},
-			Hosts:        map[string]string{"example.com": at, "other.example.com": at, "down.example.com": "127.0.0.1:1", "example.com:80": at},
-			StallTimeout: 50 * time.Millisecond, Limits: Limits{MaxConnections: 1, Failures: -1},
-		})
+		cfg := Config{
+			Rules:  []Rule{{RootCAs: pool(s)}, {Prefix: "stranger.example.com"}},
+			Hosts:  map[string]string{"example.com": at, "other.example.com": at, "down.example.com": "127.0.0.1:1", "example.com:80": at},
+			Limits: Limits{MaxConnections: 1, Failures: -1},
+		}
+		c := client(t, cfg)
 		get := func(ctx context.Context, path string) (*http.Response, error) {
 			resp, _, err := c.Get(ctx, "example.com", "image", "https://example.com"+path, nil)
 			return resp, err
@@ -103,7 +104,10 @@ func TestPlaceIsGivenBack(t *testing.T) {
 				resp.Body.Close()
 			}},
 			{"the body stalls", func(t *testing.T) {
-				resp, err := get(t.Context(), "/stall")
+				hasty := cfg
+				hasty.StallTimeout = 20 * time.Millisecond
+				c := client(t, hasty)
+				resp, _, err := c.Get(t.Context(), "example.com", "image", "https://example.com/stall", nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -111,6 +115,7 @@ func TestPlaceIsGivenBack(t *testing.T) {
 				checkError(t, err, acproxy.ErrTimeout, "publisher-timeout")
 				wantQuiet(t, c)
 				resp.Body.Close()
+				wantQuiet(t, c)
 			}},
 			{"the body is cut", func(t *testing.T) {
 				resp, err := get(t.Context(), "/cut")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -97,12 +98,11 @@ func TestPublisherIsDown(t *testing.T) {
 	if knocked < 2 {
 		t.Errorf("the publisher was dialled %d times", knocked)
 	}
+	var took []time.Duration
 	for i := range 20 {
 		a := s.get(s.never(im, 10+i))
 		wantProblem(t, a, http.StatusBadGateway, "publisher-down")
-		if a.Took > time.Second {
-			t.Errorf("it took %v to say that the publisher is down", a.Took)
-		}
+		took = append(took, a.Took)
 		// An hour, less up to a quarter and the time that has passed.
 		if after, err := strconv.Atoi(a.Header.Get("Retry-After")); err != nil || after < 2600 || after > 3600 {
 			t.Errorf("Retry-After %q, want most of an hour", a.Header.Get("Retry-After"))
@@ -115,13 +115,14 @@ func TestPublisherIsDown(t *testing.T) {
 	if n := count.Load(); n != knocked {
 		t.Errorf("the publisher was dialled %d times although it is down", n-knocked)
 	}
+	// The machine may be busy with other things; not all the time.
+	if fastest := slices.Min(took); fastest > 50*time.Millisecond {
+		t.Errorf("it took %v at least to say that the publisher is down", fastest)
+	}
 	for range 3 {
 		a := s.get(s.direct(im, "aci"))
 		wantImage(t, a, im)
 		wantHeader(t, a, "Cache-Status", hit)
-		if a.Took > time.Second {
-			t.Errorf("a hit took %v", a.Took)
-		}
 	}
 	if h := s.storageState(); !h.Open() || h.InProgress != 0 || h.Waiting != 0 || len(h.Breakers) != 1 || h.Breakers[0].State != web.BreakerOpen || h.Breakers[0].Failures != 3 {
 		t.Errorf("%+v", h)

@@ -229,7 +229,7 @@ func TestOldHTTPWaitsForTheVerdict(t *testing.T) {
 
 func TestPublishersFaults(t *testing.T) {
 	t.Parallel()
-	s := newScene(t, "dial: {timeout: 700ms, stall_timeout: 700ms}\nfetch: {retries: 0}")
+	s := newScene(t, "dial: {timeout: 700ms, stall_timeout: 700ms, max_retry_after: 0s}\nfetch: {retries: 0}")
 	for i, tt := range []struct {
 		name   string
 		fault  publisher.Fault
