@@ -286,17 +286,18 @@ func (n *running) addresses() []string {
 func (n *running) stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(n.parts.cfg.StopGrace))
 	defer cancel()
-	errs := make([]error, len(n.http))
+	ended := make([]error, len(n.http))
 	var listeners sync.WaitGroup
 	for i, hs := range n.http {
 		// All at once, so that none goes on accepting while another one is waited for. Ends with the grace; waited for below.
 		listeners.Go(func() {
 			if err := hs.Shutdown(ctx); err != nil {
-				errs[i] = errors.Join(ignoreDeadline(err), hs.Close())
+				ended[i] = errors.Join(ignoreDeadline(err), hs.Close())
 			}
 		})
 	}
 	listeners.Wait()
+	errs := []error{errors.Join(ended...)}
 	n.parts.fetcher.Drain(ctx)
 	if n.admin != nil {
 		errs = append(errs, n.admin.Close())
