@@ -131,10 +131,10 @@ func TestQueue(t *testing.T) {
 	t.Run("waiting ends", queued(1, 10, func(c *comers) {
 		c.enter(c.t.Context(), "first", "a", "x")
 		c.enter(c.t.Context(), "second", "a", "x")
-		time.Sleep(time.Minute - 1)
+		time.Sleep(time.Minute - time.Nanosecond)
 		synctest.Wait()
 		c.want("first")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		c.want("first, second: queue-slow")
 	}))

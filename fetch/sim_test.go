@@ -54,7 +54,6 @@ const (
 type simImage struct {
 	version   string
 	aci, sign []byte
-	digest    acproxy.Digest
 }
 
 const (

@@ -57,7 +57,8 @@ type passage struct {
 	hasher    *trust.Hasher
 
 	inspecting *io.PipeWriter
-	inspected  chan error // gives what is wrong with the tar, once
+	inspected  chan struct{} // closed when wrong is set
+	wrong      error         // what the inspection has found
 
 	buf  []byte // what has come and not been delivered
 	came int64
@@ -120,7 +121,7 @@ func (f *Fetcher) passageFrom(ctx context.Context, ref acproxy.Ref, expand func(
 	if _, err := f.judge(f.cfg.Keyring(), name, signature, nil, policy); err != nil {
 		return nil, err
 	}
-	p := &passage{f: f, ref: ref, policy: policy, source: imageURL, signature: signature, inspected: make(chan error, 1)}
+	p := &passage{f: f, ref: ref, policy: policy, source: imageURL, signature: signature, inspected: make(chan struct{})}
 	if p.hasher, err = trust.NewHasher(signature); err != nil {
 		return nil, err
 	}
@@ -165,7 +166,8 @@ func (p *passage) begin(resp *http.Response) {
 		_, err := aci.Inspect(r, p.f.cfg.Limits, func(m aci.Manifest) error { return p.ref.Matches(m.Name, m.Labels) })
 		// Whoever writes is told why nobody reads any more.
 		_ = r.CloseWithError(errors.Join(err, errInspected))
-		p.inspected <- err
+		p.wrong = err
+		close(p.inspected)
 	}()
 }
 
@@ -207,11 +209,9 @@ func (p *passage) more() error {
 	if _, piped := p.inspecting.Write(chunk[:n]); piped != nil && !errors.Is(piped, errInspected) {
 		return piped
 	} else if piped != nil {
-		if wrong := <-p.inspected; wrong != nil {
-			p.inspected <- wrong
-			return wrong
+		if <-p.inspected; p.wrong != nil {
+			return p.wrong
 		}
-		p.inspected <- nil
 	}
 	// What is left is moved to the front, so that no more than a chunk and what is held back is in memory.
 	p.buf = append(bytes.Clone(p.buf), chunk[:n]...)
@@ -235,10 +235,8 @@ func (p *passage) verdict() error {
 	}
 	// Closing a pipe for writing can't fail.
 	_ = p.inspecting.Close()
-	wrong := <-p.inspected
-	p.inspected <- wrong
-	if wrong != nil {
-		return wrong
+	if <-p.inspected; p.wrong != nil {
+		return p.wrong
 	}
 	p.done = true
 	said := Decision{Event: EventPassed, Outcome: trust.Accepted.String(), Ref: p.ref, Source: p.source, RktWarning: acceptance.RktWarning}

@@ -68,7 +68,7 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) error {
 			Detail: "this proxy has no local CA to answer for " + host + " with; acproxy ca init --host " + host + " makes one",
 		}
 	}
-	conn, err := takeOver(w, r)
+	conn, err := takeOver(w)
 	if err != nil {
 		return err
 	}
@@ -77,7 +77,7 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) error {
 }
 
 // takeOver answers a CONNECT request and returns the connection, with what the client sent already.
-func takeOver(w http.ResponseWriter, r *http.Request) (net.Conn, error) {
+func takeOver(w http.ResponseWriter) (net.Conn, error) {
 	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return nil, err
@@ -117,7 +117,7 @@ func (s *Server) tunnel(w http.ResponseWriter, r *http.Request) error {
 	// Counted while the HTTP server still knows of the request: from the taking over on it doesn't.
 	s.tunnels.Add(1)
 	defer s.tunnels.Done()
-	down, err := takeOver(w, r)
+	down, err := takeOver(w)
 	if err != nil {
 		return err
 	}

@@ -296,14 +296,13 @@ func (st *stage) restart(signal syscall.Signal) error {
 // disturb does one thing that disturbs, and says what.
 func (st *stage) disturb(ctx context.Context, random *rand.Rand) (what string, err error) {
 	im := st.images[random.IntN(len(st.images))]
-	fault := func(f publisher.Fault) error {
+	fault := func(f publisher.Fault) {
 		trouble := st.publisher.Misbehave(publisher.URL("*.aci"), f)
 		select {
 		case <-time.After(time.Duration(200+random.IntN(1500)) * time.Millisecond):
 		case <-ctx.Done():
 		}
 		trouble.End()
-		return nil
 	}
 	at := publisher.At(random.Int64N(im.bytes))
 	switch random.IntN(12) {
@@ -312,15 +311,20 @@ func (st *stage) disturb(ctx context.Context, random *rand.Rand) (what string, e
 	case 1:
 		return "stop", st.restart(syscall.SIGTERM)
 	case 2:
-		return "publisher cuts", fault(publisher.Fault{TruncateAfter: at})
+		what = "publisher cuts"
+		fault(publisher.Fault{TruncateAfter: at})
 	case 3:
-		return "publisher resets", fault(publisher.Fault{ResetAfter: at})
+		what = "publisher resets"
+		fault(publisher.Fault{ResetAfter: at})
 	case 4:
-		return "publisher flips a bit", fault(publisher.Fault{FlipBitAt: publisher.At(*at / 2)})
+		what = "publisher flips a bit"
+		fault(publisher.Fault{FlipBitAt: publisher.At(*at / 2)})
 	case 5:
-		return "publisher stalls", fault(publisher.Fault{StallAfter: at})
+		what = "publisher stalls"
+		fault(publisher.Fault{StallAfter: at})
 	case 6:
-		return "publisher answers 503", fault(publisher.Fault{Status: http.StatusServiceUnavailable, Header: http.Header{"Retry-After": {"1"}}})
+		what = "publisher answers 503"
+		fault(publisher.Fault{Status: http.StatusServiceUnavailable, Header: http.Header{"Retry-After": {"1"}}})
 	case 7:
 		st.publisher.Stop()
 		select {
@@ -338,9 +342,10 @@ func (st *stage) disturb(ctx context.Context, random *rand.Rand) (what string, e
 		}
 		return "key taken away and given back", st.trustAll()
 	default:
+		what = "latest moves on"
 		st.publisher.SetLatest(im.name, im.version)
-		return "latest moves on", nil
 	}
+	return what, nil
 }
 
 // look returns what is to be seen of the server now.
