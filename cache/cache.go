@@ -4,7 +4,6 @@ package cache
 import (
 	"context"
 	"errors"
-	"os"
 	"syscall"
 	"time"
 
@@ -135,15 +134,32 @@ const MaxRefusals = 1000
 type Usage struct {
 	Blobs       int64 `json:"blobs"`
 	Sidecars    int64 `json:"sidecars"`
-	Index       int64 `json:"index"`
+	Index       int64 `json:"index"` // with indexes that were set aside
 	Partials    int64 `json:"partials"`
 	Quarantine  int64 `json:"quarantine"`  // the quarantine directory; quarantined images whose bytes are whole count as blobs
+	Names       int64 `json:"names"`       // what discovery found out about names
+	Directories int64 `json:"directories"` // the directories themselves
+	Open        int64 `json:"open"`        // files that were removed and are still open, and what is just being written or removed
+	Pinned      int64 `json:"pinned"`      // of blobs and sidecars, those that are pinned
+	Promised    int64 `json:"promised"`    // promised to what is being written, and not on the disk yet
 	Images      int64 `json:"images"`      // number of images, quarantined ones included
 	Quarantined int64 `json:"quarantined"` // number of quarantined images
+	Room        Room  `json:"room"`
 }
 
-// Total returns the sum of all bytes.
-func (u Usage) Total() int64 { return u.Blobs + u.Sidecars + u.Index + u.Partials + u.Quarantine }
+// Total returns the sum of all bytes on the disk.
+func (u Usage) Total() int64 {
+	return u.Blobs + u.Sidecars + u.Index + u.Partials + u.Quarantine + u.Names + u.Directories + u.Open
+}
+
+// Room is how much more a store may take. A limit that isn't set is 0.
+type Room struct {
+	MaxSize int64 `json:"maxSize"` // bytes that the store may take, what is promised included
+	MinFree int64 `json:"minFree"` // bytes of the file system that are left to others
+	Free    int64 `json:"free"`    // bytes of the file system that are free now
+	High    int   `json:"high"`    // per cent
+	Low     int   `json:"low"`     // per cent
+}
 
 // A Store holds images. It is safe for concurrent use. What a method reports as done survives a crash from then on, access times and
 // refusals excepted.
@@ -176,15 +192,17 @@ type Store interface {
 	Manifest(digest acproxy.Digest) ([]byte, error)
 	// Signature returns the signature as published, or an error matching [acproxy.ErrNotFound] if there is none.
 	Signature(digest acproxy.Digest) ([]byte, error)
-	// OpenBlob opens the exact bytes of an image, quarantined or not. The caller closes the file. It returns an error matching
-	// [acproxy.ErrNotFound] if they are not there, or not all of them; the image is quarantined then.
-	OpenBlob(digest acproxy.Digest) (*os.File, error)
+	// OpenBlob opens the exact bytes of an image, quarantined or not. The caller closes the file; until then the image is in use. It returns an error
+	// matching [acproxy.ErrNotFound] if they are not there, or not all of them; the image is quarantined then.
+	OpenBlob(digest acproxy.Digest) (*Blob, error)
 
 	// Begin starts an image that is about to arrive. The caller ends it with Commit, Suspend or Discard. What has arrived under the same key
-	// before is removed.
+	// before is removed. There has to be space for all of it, as far as its size is known; Begin waits until other images were evicted for it, and
+	// returns an error matching [acproxy.ErrNoSpace] that says what holds the space if that isn't possible. ctx bounds the waits for space of
+	// the writing, too.
 	Begin(ctx context.Context, arrival Arrival) (*Partial, error)
 	// Resume takes up an image again that has arrived in part, under the key of its arrival. The caller ends it as one that he began. It returns an
-	// error matching [acproxy.ErrNotFound] if there is none.
+	// error matching [acproxy.ErrNotFound] if there is none, and one matching [acproxy.ErrNoSpace], as Begin does, if the rest of it has no space.
 	Resume(ctx context.Context, key string) (*Partial, error)
 	// Arrivals returns what can be resumed, in no order.
 	Arrivals(ctx context.Context) ([]Arrival, error)

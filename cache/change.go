@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -23,22 +24,36 @@ import (
 //
 //	sidecar: create, write, fsync, rename, fsync directory ─▶ index transaction (shared), fsync
 func (d *Disk) save(ix *index, img *image) (displaced []acproxy.Digest, err error) {
-	if err := d.writeSidecar(img); err != nil {
+	file, err := img.seal()
+	if err != nil {
 		return nil, err
 	}
-	err = ix.update(func(tx *bolt.Tx) (err error) {
+	// It stands beside the old one for a moment. Nobody is asked for the space: who holds a lock can't wait for an eviction.
+	beside := blocks(img.sidecar)
+	d.space.add(beside)
+	if err = d.writeSidecar(img, file); err != nil {
+		d.space.release(beside)
+		return nil, err
+	}
+	w := &write{loose: -beside, effects: []effect{{img.Record.Digest, img.Refs}}, change: func(tx *bolt.Tx) (err error) {
 		displaced, err = putImage(tx, img)
 		return err
-	}, effect{img.Record.Digest, img.Refs})
+	}}
+	if err = ix.commit(w); err != nil {
+		d.space.release(beside)
+	}
+	d.space.loosen()
 	return displaced, err
 }
 
-func (d *Disk) writeSidecar(img *image) error {
+// seal returns the sidecar of an image and notes its size.
+func (img *image) seal() ([]byte, error) {
 	file, err := seal(img)
-	if err != nil {
-		return err
-	}
 	img.sidecar = int64(len(file))
+	return file, err
+}
+
+func (d *Disk) writeSidecar(img *image, file []byte) error {
 	if err := d.makeShard(img.Record.Digest); err != nil {
 		return noSpace(err)
 	}
@@ -62,6 +77,9 @@ func (d *Disk) change(digest acproxy.Digest, edit func(*image) error) error {
 		return err
 	}
 	displaced, err := d.changeLocked(digest, edit)
+	if err != nil && d.relief(d.ctx, err, blockSize) {
+		displaced, err = d.changeLocked(digest, edit)
+	}
 	d.rewrite(displaced)
 	return err
 }
@@ -130,7 +148,12 @@ func clone(r Record) Record {
 }
 
 // Point implements [Store].
-func (d *Disk) Point(_ context.Context, resolutions ...Resolution) error {
+func (d *Disk) Point(ctx context.Context, resolutions ...Resolution) error {
+	// Everybody can add refs by asking, so that these have to have room.
+	if err := d.space.promise(ctx, pointAllowance, "another ref"); err != nil {
+		return err
+	}
+	defer d.space.release(pointAllowance)
 	byDigest := make(map[acproxy.Digest][]Resolution)
 	for _, r := range resolutions {
 		if r.Ref.IsZero() {
@@ -226,13 +249,21 @@ func (d *Disk) Restore(_ context.Context, digest acproxy.Digest) error {
 // A crash in between leaves both files, and the image is there again, or the sidecar, which the next start removes.
 func (d *Disk) Delete(_ context.Context, digest acproxy.Digest) error {
 	defer d.locks.lock(digest)()
-	if err := d.update(func(tx *bolt.Tx) error { return dropImage(tx, digest) }, effect{digest: digest}); err != nil {
-		return err
+	d.leases.leave(digest, true)
+	known := false
+	_, err := d.removeImages(func(tx *bolt.Tx, drop func(h held, used time.Time) error) error {
+		h, ok, err := getRecord(tx, digest)
+		known = ok
+		if !ok || err != nil {
+			return err
+		}
+		return drop(h, time.Time{})
+	}, []victim{{digest: digest}})
+	if err == nil && !known {
+		// Files that the index doesn't know of, or not yet, go too.
+		err = d.removeFiles(digest)
 	}
-	d.mu.Lock()
-	delete(d.touched, digest)
-	d.mu.Unlock()
-	return d.removeFiles(digest)
+	return err
 }
 
 func (d *Disk) removeFiles(digest acproxy.Digest) error {
@@ -261,11 +292,34 @@ func (d *Disk) Learn(found Discovered) error {
 		if err != nil {
 			return err
 		}
-		if err := durable.Replace(d.fsys, d.temp(), d.namePath(found.Name), file, filePerm); err != nil {
-			return noSpace(err)
+		if err := d.writeName(found.Name, file); err != nil && (!d.relief(d.ctx, err, blockSize) || d.writeName(found.Name, file) != nil) {
+			return err
 		}
 	}
 	return d.update(func(tx *bolt.Tx) error { return putKnown(tx, found) }, effect{})
+}
+
+// writeName writes the file of a name, if there is space for it.
+func (d *Disk) writeName(name string, file []byte) error {
+	promised := pointAllowance + blocks(int64(len(file)))
+	if err := d.space.promise(d.ctx, promised, "what discovery found out about "+name); err != nil {
+		return err
+	}
+	defer d.space.release(promised)
+	d.measuring.RLock()
+	defer d.measuring.RUnlock()
+	before := int64(0)
+	if fi, err := os.Lstat(d.namePath(name)); err == nil {
+		before = diskBytes(fi)
+	}
+	if err := durable.Replace(d.fsys, d.temp(), d.namePath(name), file, filePerm); err != nil {
+		return noSpace(err)
+	}
+	d.space.mu.Lock()
+	d.space.names += blocks(int64(len(file))) - before
+	d.space.mu.Unlock()
+	d.measureDir(nameDir)
+	return nil
 }
 
 // keptEvery is how old the time of an otherwise unchanged finding may become outside of the index.
@@ -319,26 +373,30 @@ func (d *Disk) flusher() {
 				d.log.Error("writing access times", "err", err)
 			}
 			d.expire()
+			d.measureDirs()
+			d.wake()
 		case <-d.ctx.Done():
 			return
 		}
 	}
 }
 
-// flush writes the access times since the last flush. What it can't write is lost: it is only of use for choosing what to evict.
+// flush writes the access times since the last flush. What it can't write it tries again the next time.
 func (d *Disk) flush() error {
+	d.flushing.Lock()
+	defer d.flushing.Unlock()
 	d.mu.Lock()
 	touched := d.touched
-	d.touched = make(map[acproxy.Digest]time.Time)
+	d.touched, d.beingFlushed = make(map[acproxy.Digest]time.Time), touched
 	d.mu.Unlock()
 	if len(touched) == 0 {
 		return nil
 	}
-	return d.update(func(tx *bolt.Tx) error {
+	err := d.update(func(tx *bolt.Tx) error {
 		for digest, t := range touched {
-			ok, err := hasRecord(tx, digest)
+			h, ok, err := getRecord(tx, digest)
 			if err == nil && ok {
-				err = putTime(tx, bucketUsed, digest[:], t)
+				err = touch(tx, h.Record, t)
 			}
 			if err != nil {
 				return err
@@ -346,4 +404,16 @@ func (d *Disk) flush() error {
 		}
 		return nil
 	}, effect{})
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.beingFlushed = nil
+	if err == nil {
+		return nil
+	}
+	for digest, t := range touched {
+		if d.touched[digest].Before(t) {
+			d.touched[digest] = t
+		}
+	}
+	return err
 }

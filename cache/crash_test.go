@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
@@ -28,7 +29,12 @@ func alpha(version string) cachetest.Image {
 	return cachetest.NewImage("example.com/alpha", version, 3000)
 }
 
-func beta() cachetest.Image { return cachetest.NewImage("example.com/beta", "1", 2000) }
+func beta() cachetest.Image {
+	img := cachetest.NewImage("example.com/beta", "1", 2000)
+	// It is used last.
+	img.Record.Used = img.Record.Used.Add(time.Hour)
+	return img
+}
 
 // without returns an image without its ref for the latest.
 func without(img cachetest.Image) cachetest.Image {
@@ -134,6 +140,25 @@ func operations() []operation {
 			holds(one, other), both(holds(one), lacks(other)),
 		},
 		{
+			"evicting an image",
+			func(ctx context.Context, d *cache.Disk) error {
+				// It is the older one; once it is gone, nothing more is asked for.
+				if _, err := d.Record(one.Record.Digest); errors.Is(err, acproxy.ErrNotFound) {
+					return nil
+				}
+				u, err := d.Usage()
+				if err != nil {
+					return err
+				}
+				freed, err := d.Evict(ctx, u.Total()-1)
+				if err == nil && len(freed.Evicted) == 0 {
+					err = errors.New("nothing was evicted")
+				}
+				return err
+			},
+			holds(one, other), both(holds(other), lacks(one)),
+		},
+		{
 			"learning of a name",
 			func(_ context.Context, d *cache.Disk) error { return d.Learn(known) },
 			both(holds(one, other), knows(false)), both(holds(one, other), knows(true)),
@@ -175,7 +200,7 @@ func onCopy(t *testing.T, base string) (*cache.Disk, *durabletest.FS, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := open(t, dir, cache.Options{FS: fsys})
+	d := open(t, dir, cache.Options{FS: fsys, Quota: cache.Quota{Grace: -1}})
 	if err := d.Ready(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -261,7 +286,7 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 			state = "the index kept"
 			write(t, filepath.Join(after, "index.db"), c.index)
 		}
-		again := open(t, after, cache.Options{})
+		again := open(t, after, cache.Options{Quota: cache.Quota{Grace: -1}})
 		if err := again.Ready(ctx); err != nil {
 			t.Fatal(err)
 		}

@@ -57,6 +57,14 @@ type Options struct {
 	// KeepPartials is for how long what has arrived of an image is kept without being taken up again; 0 means DefaultKeepPartials, less than 0 not at
 	// all.
 	KeepPartials time.Duration
+	Quota        Quota // how much space the store may take
+	// Idle keeps the store from evicting anything that doesn't stand in the way of something that arrives. It is for those who only look into it.
+	Idle bool
+	// Evicted is told everything that is evicted. It may be called by any goroutine, must not block for long, and must not call the store. nil means
+	// nobody is told.
+	Evicted func(Eviction)
+	// Free says how many bytes of the file system are free; nil means that the operating system is asked.
+	Free func() (int64, error)
 }
 
 // A Disk is a store in one directory. It is safe for concurrent use by one process; a second one can't open the same directory.
@@ -71,6 +79,8 @@ type Disk struct {
 	now          func() time.Time
 	flushEvery   time.Duration
 	keepPartials time.Duration
+	idle         bool
+	tellEvicted  func(Eviction)
 	lock         *os.File
 
 	// ctx is the life of the background work; Close cancels it and waits for wg.
@@ -80,8 +90,16 @@ type Disk struct {
 	// cleaned is closed once it is known what the last process has left unfinished.
 	cleaned chan struct{}
 
-	locks     locks      // by digest, of an image's files and rows; by the digest of a name, of its file and row. Nobody waits for a second while holding one.
-	replacing sync.Mutex // held while one index takes the place of another
+	locks     locks        // by digest, of an image's files and rows; by the digest of a name, of its file and row. Nobody waits for a second while holding one.
+	flushing  sync.Mutex   // held while access times are written
+	replacing sync.Mutex   // held while one index takes the place of another
+	measuring sync.RWMutex // held while what only the file system knows is counted; held for reading while that is changed
+
+	space    *space
+	leases   leases
+	wakeups  chan struct{} // tells the evictor to look what there is to do
+	demands  chan demand
+	surveyed *survey // the evictor's own
 
 	memory *memory // of what the index says
 
@@ -91,11 +109,13 @@ type Disk struct {
 	settled   bool          // the index has been verified, too
 	changed   chan struct{} // closed and replaced when more is known than before
 	closed    bool
+	uncounted bool // space waits for the sums of the index
 	touched   map[acproxy.Digest]time.Time
-	partials  map[*Partial]struct{}
-	suspended map[string]suspended // by the key of their arrival
-	shards    map[string]bool      // the directories of blobs that exist
-	pointed   int64                // the last number given to a Resolution
+	// beingFlushed are the access times that are being written.
+	beingFlushed map[acproxy.Digest]time.Time
+	suspended    map[string]suspended // by the key of their arrival
+	shards       map[string]bool      // the directories of blobs that exist
+	pointed      int64                // the last number given to a Resolution
 }
 
 var _ Store = (*Disk)(nil)
@@ -106,8 +126,9 @@ var _ Store = (*Disk)(nil)
 func Open(dir string, opts Options) (*Disk, error) {
 	d := &Disk{
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials,
+		idle: opts.Idle, tellEvicted: opts.Evicted, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
 		memory: newMemory(), cleaned: make(chan struct{}), changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
-		partials: make(map[*Partial]struct{}), suspended: make(map[string]suspended), shards: make(map[string]bool),
+		suspended: make(map[string]suspended), shards: make(map[string]bool),
 	}
 	if d.fsys == nil {
 		d.fsys = durable.OS{}
@@ -124,6 +145,12 @@ func Open(dir string, opts Options) (*Disk, error) {
 	if d.keepPartials == 0 {
 		d.keepPartials = DefaultKeepPartials
 	}
+	free := opts.Free
+	if free == nil {
+		free = freeSpace(dir)
+	}
+	d.space = newSpace(opts.Quota, free, d.wake)
+	d.leases.space = d.space
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if err := d.open(); err != nil {
 		d.cancel()
@@ -156,7 +183,7 @@ func (d *Disk) open() error {
 	for _, shard := range shards {
 		d.shards[shard.Name()] = true
 	}
-	ix, err := openIndex(d.path(indexFile), d.memory)
+	ix, err := openIndex(d.path(indexFile), d.memory, d.space)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.log.Info("the index is made from what is in the store", "dir", d.dir)
@@ -168,10 +195,16 @@ func (d *Disk) open() error {
 		return err
 	}
 	d.ix = ix
-	// Each ends with its work, the first two with ctx too, which Close cancels before it waits.
+	// What the index holds, what was left unfinished, and what only the file system knows.
+	for range 3 {
+		d.space.counting()
+	}
+	// Each ends with its work, the first three with ctx too, which Close cancels before it waits.
 	d.wg.Go(func() { d.begin(ix) })
 	d.wg.Go(d.flusher)
+	d.wg.Go(d.evictor)
 	d.wg.Go(func() { d.clean(leftovers) })
+	d.wg.Go(d.measure)
 	return nil
 }
 
@@ -202,8 +235,9 @@ func (d *Disk) makeShard(digest acproxy.Digest) error {
 		return err
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.shards[name] = true
+	d.mu.Unlock()
+	d.measureDir(filepath.Join(blobDir, name))
 	return nil
 }
 
@@ -280,7 +314,7 @@ func (d *Disk) newIndex() (*index, error) {
 	if err := createIndex(d.fsys, d.temp(), d.path(indexFile)); err != nil {
 		return nil, fmt.Errorf("making an index: %w", err)
 	}
-	return openIndex(d.path(indexFile), d.memory)
+	return openIndex(d.path(indexFile), d.memory, d.space)
 }
 
 // anotherIndex sets the index aside and makes an empty one.
@@ -311,13 +345,25 @@ func (d *Disk) replace(ix *index, cause error) error {
 	case current != ix:
 		return nil
 	}
+	d.measuring.RLock()
+	bytes := ix.diskBytes()
 	another, err := d.anotherIndex(cause)
+	if err == nil {
+		d.space.mu.Lock()
+		d.space.aside += bytes
+		d.space.mu.Unlock()
+	}
+	d.measuring.RUnlock()
 	if err != nil {
 		return fmt.Errorf("replacing the index: %w", noSpace(err))
 	}
 	d.mu.Lock()
 	if closed = d.closed; !closed {
 		d.ix, d.names, d.settled = another, false, false
+		if !d.uncounted {
+			d.uncounted = true
+			d.space.counting()
+		}
 		// Started under mu, so that Close, which sets closed under it, waits for them. The first ends when the last reader of the old index does.
 		d.wg.Go(func() { d.retire(ix) })
 		d.wg.Go(func() { d.begin(another) })
@@ -399,11 +445,39 @@ func (d *Disk) settle(ix *index) error {
 	if errors.Is(err, errPages) || err != nil && !complete {
 		return err
 	}
+	if err := d.countIndex(ix, err != nil); err != nil {
+		return err
+	}
 	if err != nil {
 		d.log.Error("the index can be read, but not written", "err", err)
 	}
 	d.announce(ix, true, true)
 	d.log.Debug("the index is complete", "took", d.now().Sub(start), "rebuilt", !complete, "swept", unclean)
+	return nil
+}
+
+// countIndex makes what an index says of the sums count. After a change of the index it does already.
+func (d *Disk) countIndex(ix *index, unchanged bool) error {
+	if unchanged {
+		var t totals
+		err := ix.view(func(tx *bolt.Tx) (err error) {
+			t, err = getTotals(tx)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		d.space.committed(t, ix.diskBytes(), nil)
+	}
+	d.mu.Lock()
+	counts := d.ix == ix && d.uncounted
+	if counts {
+		d.uncounted = false
+	}
+	d.mu.Unlock()
+	if counts {
+		d.space.counted(func() {})
+	}
 	return nil
 }
 
@@ -490,6 +564,11 @@ func (d *Disk) look(do func(*look) error) error {
 // update writes to the index, and is to it as view is.
 func (d *Disk) update(change func(*bolt.Tx) error, effects ...effect) error {
 	return d.on(func(ix *index) error { return ix.update(change, effects...) })
+}
+
+// commit is update for a change that says what it means for the space that is taken.
+func (d *Disk) commit(w *write) error {
+	return d.on(func(ix *index) error { return ix.commit(w) })
 }
 
 func (d *Disk) on(do func(*index) error) error {

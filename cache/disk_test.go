@@ -369,7 +369,8 @@ func TestPartialsNobodyAsksForGo(t *testing.T) {
 	if err := p.Suspend(); err != nil {
 		t.Fatal(err)
 	}
-	if u, err := d.Usage(); u.Partials != 4096 || err != nil {
+	// The file and its note.
+	if u, err := d.Usage(); u.Partials != 2*4096 || err != nil {
 		t.Errorf("Usage counts %d bytes of partials, %v", u.Partials, err)
 	}
 	clock.Store(int64(time.Hour))
@@ -525,7 +526,18 @@ func TestUsageAndDelete(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if after.Index = empty.Index; after != empty {
+	if after.Open != 4096 {
+		t.Errorf("a deleted blob of one block is open: Usage = %+v", after)
+	}
+	for range 2 {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if after, err = d.Usage(); err != nil {
+		t.Fatal(err)
+	}
+	if after.Blobs != 0 || after.Sidecars != 0 || after.Partials != 0 || after.Open != 0 || after.Images != 0 || after.Quarantined != 0 || after.Promised != empty.Promised {
 		t.Errorf("after all is deleted: Usage = %+v, want %+v", after, empty)
 	}
 	for _, shard := range names(t, dir, "blobs") {

@@ -34,6 +34,7 @@ type index struct {
 	stuck atomic.Bool
 
 	memory    *memory // is told of every change before anybody else is
+	space     *space  // is told what every change makes of the sums
 	snapshots snapshots
 
 	writes chan *write
@@ -44,9 +45,15 @@ type index struct {
 
 // write is a change that waits for its turn to be written.
 type write struct {
-	change  func(*bolt.Tx) error
+	change func(*bolt.Tx) error
+	// effects are what the change affects of the answers that are remembered; without any, all of them are.
 	effects []effect
-	done    chan error
+	// loose is by how much more, once it is written, counts beside what the index names; less than 0 for what counted by itself until then. change may
+	// set it.
+	loose int64
+	// then, if it isn't nil, is called in the moment in which loose comes to count, with the mutex of the space held.
+	then func()
+	done chan error
 }
 
 // openTimeout is for how long to wait for somebody else, such as the bbolt command, to let go of the index.
@@ -60,12 +67,12 @@ const growBy = 1 << 20
 
 // openIndex opens an existing file. It reads no more than its head: check has to be called before it can be used. A file that bbolt couldn't
 // work with is an error matching errPages.
-func openIndex(path string, memory *memory) (*index, error) {
+func openIndex(path string, memory *memory, space *space) (*index, error) {
 	size, err := checkHead(path)
 	if err != nil {
 		return nil, err
 	}
-	x := &index{path: path, safe: make(chan struct{}), memory: memory, writes: make(chan *write), quit: make(chan struct{})}
+	x := &index{path: path, safe: make(chan struct{}), memory: memory, space: space, writes: make(chan *write), quit: make(chan struct{})}
 	if x.snapshots.f, err = os.Open(path); err != nil {
 		return nil, err
 	}
@@ -288,7 +295,12 @@ func (x *index) peek(read func(*bolt.Tx) error) error {
 // returns when the change is on disk, or can't be; it can't be called off in between, because nobody could say then which it was. All answers that
 // are remembered are forgotten, unless it is said which ones the change affects.
 func (x *index) update(change func(*bolt.Tx) error, effects ...effect) error {
-	w := &write{change: change, effects: effects, done: make(chan error, 1)}
+	return x.commit(&write{change: change, effects: effects})
+}
+
+// commit is update for a change that says what it means for the space that is taken.
+func (x *index) commit(w *write) error {
+	w.done = make(chan error, 1)
 	select {
 	case x.writes <- w:
 		return <-w.done
@@ -342,6 +354,7 @@ func (x *index) run(changes []*write) error {
 	}
 	var tx *bolt.Tx
 	x.snapshots.begun.Add(1)
+	var t totals
 	err := x.guard(func() (err error) {
 		if tx, err = x.db.Begin(true); err != nil {
 			return err
@@ -357,11 +370,15 @@ func (x *index) run(changes []*write) error {
 				return err
 			}
 		}
+		if t, err = getTotals(tx); err != nil {
+			return err
+		}
 		return tx.Commit()
 	})
 	switch {
 	case err == nil:
 		x.marked = true
+		x.space.committed(t, x.diskBytes(), changes)
 	case tx != nil:
 		// If Commit got as far as closing it, this does nothing and says so.
 		_ = x.guard(tx.Rollback)
@@ -384,6 +401,16 @@ func (x *index) run(changes []*write) error {
 	}
 	x.memory.forget(generation, effects)
 	return noSpace(err)
+}
+
+// diskBytes is the space that the file takes.
+func (x *index) diskBytes() int64 {
+	fi, err := os.Stat(x.path)
+	if err != nil {
+		// It was set aside in this moment, and is counted as that.
+		return 0
+	}
+	return diskBytes(fi)
 }
 
 // guard calls into bbolt. A panic there, and a fault of its memory map, means that the file is broken.
@@ -416,7 +443,7 @@ func (x *index) close() error {
 // as codec.go has it. Whoever changes what a value is made of changes the schema.
 var buckets = []string{
 	bucketState, bucketRecords, bucketManifests, bucketSignatures, bucketRefs, bucketHeld, bucketIDs, bucketSigned, bucketNames,
-	bucketUninspected, bucketQuarantined, bucketUsed, bucketKnown, bucketHosts, bucketRefused,
+	bucketUninspected, bucketQuarantined, bucketUsed, bucketKnown, bucketHosts, bucketRefused, bucketPinned, bucketOrder, bucketDependents,
 }
 
 const (
@@ -435,6 +462,9 @@ const (
 	bucketKnown       = "known"       // name → Discovered
 	bucketHosts       = "hosts"       // host of a template, 0, name → nothing
 	bucketRefused     = "refused"     // number → JSON of Refused
+	bucketPinned      = "pinned"      // digest → nothing
+	bucketOrder       = "order"       // class, nanoseconds since 1970 of the last use, digest → nothing: the order of eviction, without what is pinned
+	bucketDependents  = "dependents"  // name of a dependency, 0, digest of the image that has it → nothing
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

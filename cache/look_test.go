@@ -26,9 +26,14 @@ func newTestIndex(t testing.TB) *index {
 	return openTestIndex(t, path)
 }
 
+// endless is space that is never used up.
+func endless() *space {
+	return newSpace(Quota{}, func() (int64, error) { return 1 << 50, nil }, func() {})
+}
+
 func openTestIndex(t testing.TB, path string) *index {
 	t.Helper()
-	x, err := openIndex(path, newMemory())
+	x, err := openIndex(path, newMemory(), endless())
 	if err == nil {
 		err = errors.Join(x.check(t.Context()), x.release())
 	}
@@ -259,7 +264,7 @@ func TestBrokenPagesDontLie(t *testing.T) {
 // tryBroken reports whether an index was found broken, and fails the test if it says something wrong instead.
 func tryBroken(t *testing.T, path string, want map[string]string) (found bool) {
 	t.Helper()
-	x, err := openIndex(path, newMemory())
+	x, err := openIndex(path, newMemory(), endless())
 	if err == nil {
 		defer func() {
 			if err := x.close(); err != nil {

@@ -11,7 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -204,8 +204,10 @@ func useLatest(tx *bolt.Tx, rec *Record) error {
 func (d *Disk) useTouched(rec *Record) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if t := d.touched[rec.Digest]; t.After(rec.Used) {
-		rec.Used = t
+	for _, touched := range []map[acproxy.Digest]time.Time{d.beingFlushed, d.touched} {
+		if t := touched[rec.Digest]; t.After(rec.Used) {
+			rec.Used = t
+		}
 	}
 }
 
@@ -272,17 +274,38 @@ func (d *Disk) published(digest acproxy.Digest, bucket string, in func(func(gett
 }
 
 // OpenBlob implements [Store].
-func (d *Disk) OpenBlob(digest acproxy.Digest) (*os.File, error) {
-	rec, err := d.record(digest)
-	if err != nil {
+func (d *Disk) OpenBlob(digest acproxy.Digest) (*Blob, error) {
+	for {
+		rec, err := d.record(digest)
+		if err != nil {
+			return nil, err
+		}
+		l := d.leases.take(digest, false)
+		if l == nil {
+			// It is just losing its place. Who takes it away holds the lock.
+			d.locks.lock(digest)()
+			continue
+		}
+		f, err := d.openWhole(rec)
+		switch {
+		case err == nil && d.leases.stands(l):
+			return d.leases.blob(f, l), nil
+		case err == nil:
+			// It may be the file of before, or the one after it.
+			err = f.Close()
+			d.leases.give(l, false)
+			if err != nil {
+				return nil, err
+			}
+			continue
+		}
+		d.leases.give(l, false)
+		if errors.Is(err, errNotWhole) {
+			// Somebody may just have put it right, or have taken it away.
+			return d.openOrLose(digest)
+		}
 		return nil, err
 	}
-	f, err := d.openWhole(rec)
-	if errors.Is(err, errNotWhole) {
-		// Somebody may just have put it right, or have taken it away.
-		return d.openOrLose(digest)
-	}
-	return f, err
 }
 
 // errNotWhole is matched by the error of opening a blob that isn't there, or isn't all there.
@@ -307,7 +330,7 @@ func (d *Disk) openWhole(rec Record) (*os.File, error) {
 }
 
 // openOrLose opens a blob, or sees to it that its image counts as lost.
-func (d *Disk) openOrLose(digest acproxy.Digest) (*os.File, error) {
+func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
 	defer d.locks.lock(digest)()
 	img, err := d.imageLocked(digest)
 	if err != nil {
@@ -316,9 +339,14 @@ func (d *Disk) openOrLose(digest acproxy.Digest) (*os.File, error) {
 	if img == nil {
 		return nil, notHeld(digest)
 	}
+	l := d.leases.take(digest, false)
 	f, err := d.openWhole(img.Record)
+	if err == nil {
+		return d.leases.blob(f, l), nil
+	}
+	d.leases.give(l, false)
 	if !errors.Is(err, errNotWhole) {
-		return f, err
+		return nil, err
 	}
 	gone := notFound("blob-gone", fmt.Sprintf("the bytes of %v are not whole any more; it has to be fetched again", digest))
 	if img.Record.lost() {
@@ -592,30 +620,35 @@ func getRefusals(tx *bolt.Tx) (refusals []Refused, err error) {
 
 // Usage returns the space that the store takes now.
 func (d *Disk) Usage() (Usage, error) {
-	var t totals
-	err := d.view(func(tx *bolt.Tx) (err error) {
-		t, _, err = getRow(tx, bucketState, []byte(stateTotals), takeTotals)
+	d.space.mu.Lock()
+	known := d.space.unknown == 0
+	d.space.mu.Unlock()
+	u := d.space.usage()
+	if free, err := d.space.free(); err == nil {
+		u.Room.Free = free
+	}
+	if known {
+		return u, nil
+	}
+	// Some of it isn't counted yet.
+	err := d.view(func(tx *bolt.Tx) error {
+		t, err := getTotals(tx)
+		u.Blobs, u.Sidecars, u.Images, u.Quarantined, u.Pinned = t.Blobs, t.Sidecars, t.Images, t.Quarantined, t.Pinned
 		return err
 	})
 	if err != nil {
-		return Usage{}, err
-	}
-	u := Usage{Blobs: t.Blobs, Sidecars: t.Sidecars, Images: t.Images, Quarantined: t.Quarantined}
-	indexes, err := sizes(d.dir, func(name string) bool { return strings.HasPrefix(name, indexFile) })
-	if err != nil {
 		return u, err
 	}
-	u.Index = indexes
-	if u.Quarantine, err = sizes(d.path(quarantineDir), nil); err != nil {
-		return u, err
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for p := range d.partials {
-		u.Partials += blocks(p.Size())
-	}
-	for _, s := range d.suspended {
-		u.Partials += blocks(s.size)
+	for _, part := range []struct {
+		bytes *int64
+		dir   string
+		want  func(string) bool
+	}{
+		{&u.Index, "", func(name string) bool { return strings.HasPrefix(name, indexFile) }}, {&u.Quarantine, quarantineDir, nil}, {&u.Names, nameDir, nil},
+	} {
+		if *part.bytes, err = sizes(d.path(part.dir), part.want); err != nil {
+			return u, err
+		}
 	}
 	return u, nil
 }
@@ -638,13 +671,8 @@ func sizes(dir string, want func(name string) bool) (int64, error) {
 		if err != nil {
 			return 0, err
 		}
-		switch stat, ok := fi.Sys().(*syscall.Stat_t); {
-		case !fi.Mode().IsRegular():
-		case ok:
-			// In units of 512 bytes, whatever the file system's blocks are (stat(2)). The index has holes.
-			sum += 512 * stat.Blocks
-		default:
-			sum += blocks(fi.Size())
+		if fi.Mode().IsRegular() {
+			sum += diskBytes(fi)
 		}
 	}
 	return sum, nil

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+
+	"github.com/acproxy/acproxy"
 )
 
 // An index of an older schema is set aside under a name of its own, and another one is made from the sidecars, as if it were broken; but what no
@@ -62,7 +64,7 @@ func (d *Disk) carryOver(ix *index) error {
 
 // carryFrom returns as lost why the old index can't be read, and as err why the other one can't be written.
 func (d *Disk) carryFrom(path string, ix *index) (lost, err error) {
-	old, err := openIndex(path, newMemory())
+	old, err := openIndex(path, newMemory(), d.space)
 	if err != nil {
 		return err, nil
 	}
@@ -97,13 +99,14 @@ func (d *Disk) carryFrom(path string, ix *index) (lost, err error) {
 // maxCarried is how many times of last use are carried over in one transaction.
 const maxCarried = 4096
 
-type lastUse struct {
+// carried is when an image was last used.
+type carried struct {
 	digest []byte
 	t      time.Time
 }
 
 // usedAfter returns the next times of last use, and the key of the last of them.
-func usedAfter(old *index, after []byte) (used []lastUse, last []byte, err error) {
+func usedAfter(old *index, after []byte) (used []carried, last []byte, err error) {
 	err = old.peek(func(tx *bolt.Tx) error {
 		used = nil
 		return scan(tx, bucketUsed, nil, after, func(key, value []byte) error {
@@ -112,7 +115,7 @@ func usedAfter(old *index, after []byte) (used []lastUse, last []byte, err error
 			}
 			if t, ok := timeIn(value); ok && !bytes.Equal(key, after) {
 				last = bytes.Clone(key)
-				used = append(used, lastUse{last, t})
+				used = append(used, carried{last, t})
 			}
 			return nil
 		})
@@ -121,17 +124,11 @@ func usedAfter(old *index, after []byte) (used []lastUse, last []byte, err error
 }
 
 // putUsed notes when images were used, where nothing later is known.
-func putUsed(tx *bolt.Tx, used []lastUse) error {
+func putUsed(tx *bolt.Tx, used []carried) error {
 	for _, u := range used {
-		if b, err := get(tx, bucketRecords, u.digest); b == nil || err != nil {
-			if err != nil {
-				return err
-			}
-			continue
-		}
-		known, err := getTime(tx, bucketUsed, u.digest)
-		if err == nil && known.Before(u.t) {
-			err = putTime(tx, bucketUsed, u.digest, u.t)
+		h, ok, err := getRecord(tx, acproxy.Digest(u.digest))
+		if err == nil && ok {
+			err = touch(tx, h.Record, u.t)
 		}
 		if err != nil {
 			return err

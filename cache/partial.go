@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,15 +42,24 @@ type Arrival struct {
 // [Disk.Resume] later. Neither is synced: what is resumed is judged like everything else, and a file that lost bytes with the power doesn't pass.
 type Partial struct {
 	disk    *Disk
+	ctx     context.Context // bounds the waits for space
 	file    durable.File
 	temp    string // where the file is until it is committed
 	size    atomic.Int64
-	sent    int64   // how much of it writeback was started for
-	arrival Arrival // as it was last noted
+	noted   atomic.Int64 // bytes of the note
+	sent    int64        // how much of it writeback was started for
+	room    int64        // how long the file may become by what was promised; of the goroutine that writes
+	arrival Arrival      // as it was last noted
+	lease   *lease
+	before  *lease // of those who read the blob in whose place the file has come
+	old     int64  // bytes of that blob
 
-	mu    sync.Mutex
-	path  string // "" once it was discarded
-	ended bool
+	promised int64 // bytes that count for it; guarded by the mutex of the disk's space
+
+	mu        sync.Mutex
+	path      string // "" once it was discarded
+	committed acproxy.Digest
+	ended     bool
 }
 
 var errEnded = errors.New("the partial image was committed, suspended or discarded already")
@@ -63,30 +73,93 @@ func (d *Disk) Begin(ctx context.Context, arrival Arrival) (*Partial, error) {
 		return nil, err
 	}
 	path := d.temp() + partialExt
-	file, err := d.fsys.Create(path, filePerm)
-	if err != nil {
-		return nil, fmt.Errorf("beginning an image: %w", noSpace(err))
+	p := &Partial{disk: d, ctx: ctx, temp: path, path: path, arrival: Arrival{Ref: arrival.Ref, Source: arrival.Source}, lease: new(lease)}
+	if err := p.promise(max(0, arrival.Size)); err != nil {
+		return nil, err
 	}
-	p := &Partial{disk: d, file: file, temp: path, path: path}
-	if err := p.Note(arrival); err != nil {
-		return nil, errors.Join(fmt.Errorf("beginning an image: %w", err), p.Discard())
+	if err := p.create(arrival); err != nil && (!d.relief(ctx, err, blockSize) || p.create(arrival) != nil) {
+		p.forgo()
+		return nil, fmt.Errorf("beginning an image: %w", noSpace(err))
 	}
 	return p, p.register()
 }
 
-// register makes the partial one of those that count. If the store is closed it is discarded.
-func (p *Partial) register() error {
-	d := p.disk
-	d.mu.Lock()
-	closed := d.closed
-	if !closed {
-		d.partials[p] = struct{}{}
+// create makes the file and its note.
+func (p *Partial) create(arrival Arrival) error {
+	var err error
+	if p.file, err = p.disk.fsys.Create(p.temp, filePerm); err != nil {
+		return err
 	}
-	d.mu.Unlock()
+	if err := p.Note(arrival); err != nil {
+		return errors.Join(err, p.file.Close(), p.disk.removePartial(p.temp))
+	}
+	return nil
+}
+
+// register discards the partial if the store is closed.
+func (p *Partial) register() error {
+	p.disk.mu.Lock()
+	closed := p.disk.closed
+	p.disk.mu.Unlock()
 	if closed {
 		return errors.Join(errClosed, p.Discard())
 	}
 	return nil
+}
+
+// promise asks for the space that a partial of some size needs, beyond what was promised to it before.
+func (p *Partial) promise(size int64) error {
+	s := p.disk.space
+	s.mu.Lock()
+	more := blocks(size) + allowance - p.promised
+	s.mu.Unlock()
+	if err := s.promise(p.ctx, more, p.what()); err != nil {
+		return err
+	}
+	p.promisedMore(more, size)
+	return nil
+}
+
+func (p *Partial) promisedMore(more, size int64) {
+	s := p.disk.space
+	s.mu.Lock()
+	p.promised += more
+	s.arriving[p] = struct{}{}
+	s.mu.Unlock()
+	p.room = blocks(size)
+}
+
+// what says what arrives, for people.
+func (p *Partial) what() string {
+	switch {
+	case !p.arrival.Ref.IsZero():
+		return "the image of " + p.arrival.Ref.String()
+	case p.arrival.Source != "":
+		return "the image at " + p.arrival.Source
+	}
+	return "an image"
+}
+
+// onDisk is the space that the partial's files take.
+func (p *Partial) onDisk() int64 { return blocks(p.Size()) + p.noted.Load() }
+
+// noteBytes is the space that the note of an arrival takes.
+const noteBytes = blockSize
+
+// forgo gives back what was promised.
+func (p *Partial) forgo() { p.disk.space.add(-p.detach(0)) }
+
+// detach ends the counting of what was promised to the partial, of which so much goes on to count as suspended. It returns the rest, which counts until
+// it is released.
+func (p *Partial) detach(keep int64) (rest int64) {
+	s := p.disk.space
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rest = p.promised - keep
+	p.promised = 0
+	s.suspended += keep
+	delete(s.arriving, p)
+	return rest
 }
 
 // Arrival returns what is arriving, as it was last noted. It is for the goroutine that writes.
@@ -119,35 +192,80 @@ func (p *Partial) Note(arrival Arrival) error {
 		return noSpace(err)
 	}
 	p.arrival = arrival
+	p.noted.Store(noteBytes)
 	return nil
 }
 
 // notePath returns where the note of a partial file is.
 func notePath(partial string) string { return partial + sidecarExt }
 
-// Write appends to the image. A full disk is an error matching [acproxy.ErrNoSpace].
+// Write appends to the image. If it becomes longer than was said when it began, space for it is asked for in steps, and waited for. A full disk and an
+// exhausted quota are errors matching [acproxy.ErrNoSpace].
 func (p *Partial) Write(b []byte) (int, error) {
+	if size := p.Size() + int64(len(b)); size > p.room {
+		if err := p.grow(size); err != nil {
+			return 0, err
+		}
+	}
+	n, err := p.write(b)
+	if err != nil && p.disk.relief(p.ctx, err, int64(len(b)-n)) {
+		var more int
+		more, err = p.write(b[n:])
+		n += more
+	}
+	return n, noSpace(err)
+}
+
+func (p *Partial) write(b []byte) (int, error) {
 	n, err := p.file.WriteAt(b, p.size.Load())
 	size := p.size.Add(int64(n))
 	if size-p.sent >= writebackEvery {
 		durable.StartWriteback(p.file, p.sent, size-p.sent)
 		p.sent = size
 	}
-	return n, noSpace(err)
+	return n, err
+}
+
+// grow asks for the space of an image that becomes longer than was known.
+func (p *Partial) grow(size int64) error {
+	// A whole step, if it costs nobody anything.
+	if step := blocks(size) + promiseStep - p.room; p.disk.space.tryPromise(step) {
+		p.promisedMore(step, size+promiseStep)
+		return nil
+	}
+	return p.promise(size)
 }
 
 // Size returns how many bytes have been written.
 func (p *Partial) Size() int64 { return p.size.Load() }
 
 // Open opens the image for reading, while it is written and after it was committed. The file has an offset of its own; the caller closes it,
-// before or after the image is committed or discarded. After Discard it returns an error matching [acproxy.ErrNotFound].
-func (p *Partial) Open() (*os.File, error) {
+// before or after the image is committed or discarded; until then it is in use. After Discard, and if the committed image is not held any more, it
+// returns an error matching [acproxy.ErrNotFound].
+func (p *Partial) Open() (*Blob, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.path == "" {
-		return nil, notFound("discarded", "the arriving image was discarded")
+	discarded := notFound("discarded", "the arriving image was discarded")
+	ls, l := &p.disk.leases, p.lease
+	switch {
+	case p.path == "":
+		return nil, discarded
+	case p.committed.IsZero():
+		ls.join(l)
+	default:
+		if l = ls.take(p.committed, false); l == nil {
+			return nil, discarded
+		}
 	}
-	return os.Open(p.path)
+	f, err := os.Open(p.path)
+	if err != nil {
+		ls.give(l, false)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = discarded
+		}
+		return nil, err
+	}
+	return ls.blob(f, l), nil
 }
 
 // end makes sure that the image is committed or discarded once.
@@ -159,16 +277,6 @@ func (p *Partial) end() error {
 	}
 	p.ended = true
 	return nil
-}
-
-// moved notes where the file is now, "" for nowhere.
-func (p *Partial) moved(path string) {
-	p.mu.Lock()
-	p.path = path
-	p.mu.Unlock()
-	p.disk.mu.Lock()
-	defer p.disk.mu.Unlock()
-	delete(p.disk.partials, p)
 }
 
 // Discard removes the image. After Commit and Suspend it does nothing.
@@ -192,20 +300,28 @@ func (p *Partial) Suspend() error {
 		return errors.Join(err, p.drop())
 	}
 	d := p.disk
+	left := suspended{path: p.temp, size: p.Size(), since: d.now(), arrival: p.arrival, lease: p.lease}
+	d.space.release(p.detach(left.bytes()))
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.partials, p)
-	d.suspended[p.arrival.Key] = suspended{path: p.temp, size: p.Size(), since: d.now(), arrival: p.arrival}
+	d.suspended[p.arrival.Key] = left
 	return nil
 }
 
 func (p *Partial) drop() error {
-	p.moved("")
+	p.mu.Lock()
+	p.path = ""
+	p.mu.Unlock()
 	err := p.file.Close()
 	if errors.Is(err, fs.ErrClosed) {
 		err = nil
 	}
-	return errors.Join(err, p.removeNote(), p.disk.removeIfThere(p.temp))
+	err = errors.Join(err, p.removeNote(), p.disk.removeIfThere(p.temp))
+	// Who still reads it keeps its bytes on the disk.
+	open := blocks(p.Size())
+	p.disk.space.add(open - p.disk.leases.unlinked(p.lease, open) + p.displaced())
+	p.forgo()
+	return err
 }
 
 func (p *Partial) removeNote() error {
@@ -238,8 +354,7 @@ func (p *Partial) Commit(ctx context.Context, rec Record, manifest, signature []
 	if err != nil {
 		return errors.Join(noSpace(err), p.drop())
 	}
-	img := &image{Record: rec, Manifest: manifest, Signature: signature, Refs: refs}
-	displaced, err := p.land(img)
+	displaced, err := p.settle(ctx, rec, manifest, signature, refs)
 	if err != nil {
 		return fmt.Errorf("committing %v: %w", rec.Digest, errors.Join(noSpace(err), p.drop()))
 	}
@@ -278,36 +393,118 @@ func (p *Partial) checked(ctx context.Context, rec Record, signature []byte, ref
 	return rec, p.disk.number(refs)
 }
 
-// land brings a synced file and what is known of it to where they belong.
-func (p *Partial) land(img *image) (displaced []acproxy.Digest, err error) {
+// settle makes sure that there is space for what is known of the image, and lands it: twice if the disk is full and room can be made on it.
+func (p *Partial) settle(ctx context.Context, rec Record, manifest, signature []byte, refs []Resolution) (displaced []acproxy.Digest, err error) {
+	if err := p.promiseRest(ctx, manifest, signature, refs); err != nil {
+		return nil, err
+	}
+	for again := false; ; again = true {
+		img := &image{Record: rec, Manifest: manifest, Signature: signature, Refs: slices.Clone(refs)}
+		before, err := p.land(img, &displaced)
+		switch {
+		case err == nil:
+			return displaced, nil
+		case !again && p.disk.relief(ctx, err, blocks(img.sidecar)):
+		case before == nil:
+			return nil, errors.Join(err, p.undo(rec.Digest))
+		default:
+			return nil, err
+		}
+	}
+}
+
+// promiseRest asks for the space of sidecar and rows, and gives back what was promised for more bytes than have come.
+func (p *Partial) promiseRest(ctx context.Context, manifest, signature []byte, refs []Resolution) error {
+	about := len(manifest) + len(signature)
+	for _, r := range refs {
+		about += len(r.Ref.String()) + len(r.Source)
+	}
+	// In a sidecar quotes are escaped, and pages of the index are seldom full.
+	need := blocks(p.Size()) + max(allowance, noteBytes+2*blocks(2*int64(about))+2*housekeepingPerImage)
+	s := p.disk.space
+	s.mu.Lock()
+	more := need - p.promised
+	s.mu.Unlock()
+	if err := s.promise(ctx, more, p.what()); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	p.promised += more
+	s.mu.Unlock()
+	return nil
+}
+
+// land brings a synced file and what is known of it to where they belong. It returns what was known of the image before, nil if it was not held.
+func (p *Partial) land(img *image, displaced *[]acproxy.Digest) (before *image, err error) {
 	d, digest := p.disk, img.Record.Digest
 	defer d.locks.lock(digest)()
-	before, err := d.imageLocked(digest)
-	if err != nil {
-		return nil, err
+	if before, err = d.imageLocked(digest); err != nil {
+		return before, err
 	}
 	if before != nil {
 		img.merge(before)
 	}
-	err = d.writeSidecar(img)
-	if err == nil {
-		// An image that is held already gets the new bytes too: these have just been verified.
-		err = d.fsys.Rename(p.temp, d.blobPath(digest))
+	file, err := img.seal()
+	if err != nil {
+		return before, err
 	}
-	if err == nil {
-		p.moved(d.blobPath(digest))
-		err = d.fsys.SyncDir(filepath.Dir(d.blobPath(digest)))
+	if err := d.writeSidecar(img, file); err != nil {
+		return before, err
 	}
-	if err == nil {
-		err = d.update(func(tx *bolt.Tx) (err error) {
-			displaced, err = putImage(tx, img)
-			return err
-		})
+	if err := p.place(before, digest); err != nil {
+		return before, err
 	}
-	if err != nil && before == nil {
-		return nil, errors.Join(err, d.undo(digest))
+	if err := d.fsys.SyncDir(filepath.Dir(d.blobPath(digest))); err != nil {
+		return before, err
 	}
-	return displaced, err
+	// From then on the index counts what was promised until then.
+	w := &write{effects: []effect{{digest, img.Refs}}, change: func(tx *bolt.Tx) (err error) {
+		*displaced, err = putImage(tx, img)
+		return err
+	}, then: func() {
+		d.space.loose += p.displaced() - p.promised
+		p.promised = 0
+		delete(d.space.arriving, p)
+	}}
+	if err := d.commit(w); err != nil {
+		return before, err
+	}
+	d.space.loosen()
+	d.measureDir(filepath.Join(blobDir, shard(digest)))
+	return before, nil
+}
+
+// place gives the file its name. An image that is held already gets the new bytes too: these have just been verified. Those who read the old ones go
+// on doing so, and who reads the new ones while they arrive keeps the image from now on.
+func (p *Partial) place(before *image, digest acproxy.Digest) error {
+	d, path := p.disk, p.disk.blobPath(digest)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.committed.IsZero() {
+		return nil
+	}
+	d.leases.leave(digest, true)
+	if err := d.fsys.Rename(p.temp, path); err != nil {
+		d.leases.stays(digest)
+		return err
+	}
+	p.path, p.committed = path, digest
+	p.before = d.leases.replaced(digest, p.lease)
+	if before != nil {
+		p.old = before.Record.blobBytes()
+	}
+	return nil
+}
+
+// displaced returns how much of the blob that was there before still has to be counted, because somebody reads it. Until the index knows of the new
+// one, it counts the old one.
+func (p *Partial) displaced() int64 {
+	if p.before == nil {
+		return 0
+	}
+	old := p.old - p.disk.leases.unlinked(p.before, p.old)
+	p.before = nil
+	return old
 }
 
 // merge adds what was known of the same bytes before.
@@ -331,7 +528,9 @@ func (img *image) merge(before *image) {
 
 // undo removes what land has left of an image that isn't held after all. If the index names it nevertheless (its transaction failed and yet was
 // done) it is left.
-func (d *Disk) undo(digest acproxy.Digest) error {
+func (p *Partial) undo(digest acproxy.Digest) error {
+	d := p.disk
+	defer d.locks.lock(digest)()
 	named := false
 	err := d.view(func(tx *bolt.Tx) (err error) {
 		_, named, err = getRecord(tx, digest)

@@ -33,7 +33,10 @@ func (r Record) blobBytes() int64 {
 }
 
 // totals are kept with every change of a record, because counting would take a scan.
-type totals struct{ Images, Quarantined, Blobs, Sidecars int64 }
+type totals struct {
+	Images, Quarantined, Blobs, Sidecars int64
+	Pinned                               int64 // bytes of blobs and sidecars of what is pinned
+}
 
 func (t *totals) add(h held, n int64) {
 	t.Images += n
@@ -42,7 +45,13 @@ func (t *totals) add(h held, n int64) {
 	if h.Quarantined() {
 		t.Quarantined += n
 	}
+	if h.Pinned {
+		t.Pinned += n * h.bytes()
+	}
 }
+
+// bytes is the space that the files of an image take.
+func (h held) bytes() int64 { return h.blobBytes() + blocks(h.Sidecar) }
 
 // Words of the state bucket.
 const (
@@ -92,14 +101,14 @@ func putJSON(tx *bolt.Tx, bucket string, key []byte, v any) error {
 }
 
 func appendTotals(b []byte, t totals) []byte {
-	for _, n := range []int64{t.Images, t.Quarantined, t.Blobs, t.Sidecars} {
+	for _, n := range []int64{t.Images, t.Quarantined, t.Blobs, t.Sidecars, t.Pinned} {
 		b = binary.AppendVarint(b, n)
 	}
 	return b
 }
 
 func takeTotals(d *decoder) totals {
-	return totals{Images: d.varint(), Quarantined: d.varint(), Blobs: d.varint(), Sidecars: d.varint()}
+	return totals{Images: d.varint(), Quarantined: d.varint(), Blobs: d.varint(), Sidecars: d.varint(), Pinned: d.varint()}
 }
 
 // What a row of records says by single bits.
@@ -316,6 +325,9 @@ func putImage(tx *bolt.Tx, img *image) (displaced []acproxy.Digest, err error) {
 	if err := addTotals(tx, h, 1); err != nil {
 		return nil, err
 	}
+	if err := putOrder(tx, img.Record); err != nil {
+		return nil, err
+	}
 	for _, r := range img.Refs {
 		loser, err := putRef(tx, r)
 		if err != nil {
@@ -369,6 +381,9 @@ func dropRecord(tx *bolt.Tx, digest acproxy.Digest) error {
 			return err
 		}
 	}
+	if err := dropOrder(tx, h.Record); err != nil {
+		return err
+	}
 	return addTotals(tx, h, -1)
 }
 
@@ -390,14 +405,19 @@ func dropImage(tx *bolt.Tx, digest acproxy.Digest) error {
 			return err
 		}
 	}
-	if err := remove(tx, bucketUsed, digest[:]); err != nil {
+	if err := dropRecord(tx, digest); err != nil {
 		return err
 	}
-	return dropRecord(tx, digest)
+	return remove(tx, bucketUsed, digest[:])
+}
+
+func getTotals(tx *bolt.Tx) (t totals, err error) {
+	t, _, err = getRow(tx, bucketState, []byte(stateTotals), takeTotals)
+	return t, err
 }
 
 func addTotals(tx *bolt.Tx, h held, n int64) error {
-	t, _, err := getRow(tx, bucketState, []byte(stateTotals), takeTotals)
+	t, err := getTotals(tx)
 	if err != nil {
 		return err
 	}
@@ -426,7 +446,18 @@ func keysOf(r Record) []bucketKey {
 	if r.Quarantined() {
 		keys = append(keys, bucketKey{bucketQuarantined, digest})
 	}
+	if r.Pinned {
+		keys = append(keys, bucketKey{bucketPinned, digest})
+	}
+	for _, name := range dependencyNames(r) {
+		keys = append(keys, bucketKey{bucketDependents, dependentKey(name, digest)})
+	}
 	return keys
+}
+
+// dependentKey finds the images that depend on one of some name. A name that is none, which nothing keeps out of a manifest, may be of any length.
+func dependentKey(name string, digest []byte) []byte {
+	return slices.Concat([]byte(name[:min(len(name), acproxy.MaxNameLength)]), []byte{0}, digest)
 }
 
 // nameKey sorts images by name, then version. A version so long that no ref can have it is cut.

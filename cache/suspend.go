@@ -19,7 +19,11 @@ type suspended struct {
 	size    int64
 	since   time.Time // when it was last written
 	arrival Arrival
+	lease   *lease // of those who still read it
 }
+
+// bytes is the space that its files take.
+func (s suspended) bytes() int64 { return blocks(s.size) + noteBytes }
 
 // Resume implements [Store].
 func (d *Disk) Resume(ctx context.Context, key string) (*Partial, error) {
@@ -30,12 +34,27 @@ func (d *Disk) Resume(ctx context.Context, key string) (*Partial, error) {
 	if !ok {
 		return nil, notFound("not-suspended", fmt.Sprintf("nothing has arrived of %q", key))
 	}
-	file, err := d.fsys.OpenFile(s.path)
-	if err != nil {
-		return nil, fmt.Errorf("resuming an image: %w", errors.Join(err, d.removePartial(s.path)))
-	}
-	p := &Partial{disk: d, file: file, temp: s.path, path: s.path, arrival: s.arrival, sent: s.size}
+	p := &Partial{disk: d, ctx: ctx, temp: s.path, path: s.path, arrival: s.arrival, sent: s.size, lease: s.lease}
 	p.size.Store(s.size)
+	p.noted.Store(noteBytes)
+	// What it has counts as what was promised to it.
+	d.space.mu.Lock()
+	d.space.suspended -= s.bytes()
+	p.promised = s.bytes()
+	d.space.arriving[p] = struct{}{}
+	d.space.mu.Unlock()
+	if err := p.promise(max(s.size, s.arrival.Size)); err != nil {
+		p.detach(s.bytes())
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.suspended[key] = s
+		return nil, err
+	}
+	if p.file, err = d.fsys.OpenFile(s.path); err != nil {
+		err = errors.Join(err, d.removePartial(s.path))
+		p.forgo()
+		return nil, fmt.Errorf("resuming an image: %w", err)
+	}
 	return p, p.register()
 }
 
@@ -74,7 +93,21 @@ func (d *Disk) forget(ctx context.Context, key string) error {
 	if !ok {
 		return err
 	}
-	return d.removePartial(s.path)
+	return d.removeSuspended(s)
+}
+
+// removeSuspended removes what has arrived of an image.
+func (d *Disk) removeSuspended(s suspended) error {
+	if err := d.removePartial(s.path); err != nil {
+		// It goes on being counted; the next start sees to it.
+		return err
+	}
+	gone := s.bytes() - blocks(s.size) + d.leases.unlinked(s.lease, blocks(s.size))
+	d.space.mu.Lock()
+	d.space.suspended -= s.bytes()
+	d.space.mu.Unlock()
+	d.space.release(gone)
+	return nil
 }
 
 // removePartial removes a partial file and its note. The note goes first: a file without one is removed at the next start.
@@ -92,7 +125,10 @@ func (d *Disk) removeIfThere(path string) error {
 // clean looks through what was being written when the store was last open: arrivals that can be resumed are kept, all else is removed. Close waits
 // for all of it.
 func (d *Disk) clean(leftovers []fs.DirEntry) {
-	defer close(d.cleaned)
+	defer func() {
+		close(d.cleaned)
+		d.space.counted(func() {})
+	}()
 	for _, entry := range leftovers {
 		path := d.path(partialDir, entry.Name())
 		if strings.HasSuffix(entry.Name(), partialExt) && d.readopt(path) {
@@ -131,7 +167,12 @@ func (d *Disk) readopt(path string) bool {
 		return false
 	}
 	d.log.Info("keeping what has arrived of an image", "ref", arrival.Ref, "bytes", fi.Size(), "of", arrival.Size)
-	d.suspended[arrival.Key] = suspended{path: path, size: fi.Size(), since: fi.ModTime(), arrival: arrival}
+	s := suspended{path: path, size: fi.Size(), since: fi.ModTime(), arrival: arrival, lease: new(lease)}
+	d.suspended[arrival.Key] = s
+	d.space.mu.Lock()
+	defer d.space.mu.Unlock()
+	d.space.loose += s.bytes()
+	d.space.suspended += s.bytes()
 	return true
 }
 
@@ -148,7 +189,7 @@ func (d *Disk) expire() {
 	d.mu.Unlock()
 	for _, s := range old {
 		d.log.Info("removing what has arrived of an image that nobody asked for since", "ref", s.arrival.Ref, "bytes", s.size)
-		if err := d.removePartial(s.path); err != nil {
+		if err := d.removeSuspended(s); err != nil {
 			d.log.Error("removing a partial file", "file", s.path, "err", err)
 		}
 	}

@@ -302,10 +302,24 @@ func (d *Disk) setAside(path, reason string) error {
 	if err := durable.Replace(d.fsys, d.temp(), aside+reasonExt, []byte(note), filePerm); err != nil {
 		return err
 	}
+	d.measuring.RLock()
+	defer d.measuring.RUnlock()
 	if err := d.fsys.Rename(path, aside); err != nil {
 		return err
 	}
+	d.countAside(aside)
 	return errors.Join(d.fsys.SyncDir(d.path(quarantineDir)), d.fsys.SyncDir(filepath.Dir(path)))
+}
+
+// countAside counts a file that has come to the quarantine directory, and its reason.
+func (d *Disk) countAside(path string) {
+	for _, name := range []string{path, path + reasonExt} {
+		if fi, err := os.Lstat(name); err == nil {
+			d.space.mu.Lock()
+			d.space.quarantine += diskBytes(fi)
+			d.space.mu.Unlock()
+		}
+	}
 }
 
 // safeName cuts a name that somebody may have put into the directory by hand.

@@ -22,6 +22,8 @@ const (
 	EventQuarantined = "quarantined" // a kept image is no longer served
 	EventRestored    = "restored"    // a quarantined image is served again
 	EventPassed      = "passed"      // an image was verified on its way to a client, and not kept: there was no room for it
+	EventEvicted     = "evicted"     // a kept image had to go, for space
+	EventDamaged     = "damaged"     // a kept image's bytes are not what they were; it is fetched again if it can be
 )
 
 // A Decision is what was decided about an image, for the audit and the metrics. Fields that don't apply are zero.
@@ -72,6 +74,17 @@ type Rejudged struct {
 	Images      int // held
 	Quarantined int // of these not served because of what the keys and policies say now
 	Changed     int // since the last time
+}
+
+// Evicted returns what is to be said of an image that was evicted.
+func Evicted(e cache.Eviction, now time.Time) Decision {
+	d := decision(EventEvicted, *e.Record)
+	d.Time, d.Outcome, d.Policy = now.UTC(), e.Reason, e.Record.Policy
+	d.Detail = fmt.Sprintf("%d bytes, last used %s", e.Bytes, e.Used.UTC().Format(time.RFC3339))
+	if e.Kind == cache.EvictQuarantined {
+		d.Detail += "; it was quarantined: " + e.Record.Reason
+	}
+	return d
 }
 
 // rejudgePage is how many records are read at once.

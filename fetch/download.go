@@ -690,7 +690,7 @@ func (f *Fetcher) inspectHeld(ctx context.Context, rec cache.Record) (aci.Inspec
 		return aci.Inspection{}, err
 	}
 	defer file.Close()
-	return aci.Inspect(&cancelReader{ctx: ctx, r: file}, f.cfg.Limits, func(aci.Manifest) error { return nil })
+	return aci.Inspect(&cancelReader{ctx: ctx, r: file.File}, f.cfg.Limits, func(aci.Manifest) error { return nil })
 }
 
 // cancelReader ends reading when its context does.

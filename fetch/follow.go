@@ -25,7 +25,7 @@ type Image struct {
 
 	f        *Fetcher
 	ref      acproxy.Ref
-	file     *os.File
+	file     *cache.Blob
 	download *download
 	passage  *passage // of an image that is not kept
 }
@@ -90,7 +90,7 @@ func (im *Image) File() *os.File {
 	if im.Arriving() {
 		return nil
 	}
-	return im.file
+	return im.file.File
 }
 
 // Decided waits for the verdict on an arriving image and makes it a held one, or returns why it isn't.
@@ -202,7 +202,7 @@ func atLeast(size, offset int64) (int64, error) {
 }
 
 // Growing returns the file of an image for reading what Await says is there.
-func (im *Image) Growing() *os.File { return im.file }
+func (im *Image) Growing() *os.File { return im.file.File }
 
 // Close closes the image's file. The fetching of an arriving image goes on.
 func (im *Image) Close() error {
@@ -218,7 +218,7 @@ func (im *Image) Close() error {
 // follower reads a download as it arrives, all of it, without regard to what may be delivered: the inspection's view.
 type follower struct {
 	d      *download
-	file   *os.File
+	file   *cache.Blob
 	offset int64
 	idle   bool // the manifest has been read: the rest can wait
 }

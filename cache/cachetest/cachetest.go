@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
 	"reflect"
 	"strings"
 	"sync"
@@ -396,7 +395,7 @@ func followed(t *testing.T, store cache.Store) {
 	f, err := p.Open()
 	must(t, err)
 	defer f.Close()
-	read := func(f *os.File, n int) []byte {
+	read := func(f io.Reader, n int) []byte {
 		b := make([]byte, n)
 		if _, err := io.ReadFull(f, b); err != nil {
 			t.Errorf("reading %d bytes: %v", n, err)

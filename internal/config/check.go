@@ -319,9 +319,31 @@ func (c *Config) checkFreshness(r *report) {
 }
 
 func (c *Config) checkCache(r *report) {
-	positive(r, "cache.access_flush", c.Cache.AccessFlush, Default().Cache.AccessFlush)
-	notNegative(r, "cache.keep_partials", c.Cache.KeepPartials)
+	k, defaults := c.Cache, Default()
+	positive(r, "cache.access_flush", k.AccessFlush, defaults.Cache.AccessFlush)
+	notNegative(r, "cache.keep_partials", k.KeepPartials)
+	if k.MaxSize != 0 && k.MaxSize < leastCache && !r.broken("cache.max_size") {
+		r.value("cache.max_size", "%v is too little to hold anything: write at least %v, or 0 for no limit", k.MaxSize, leastCache)
+	}
+	if k.MinFree < 0 && !r.broken("cache.min_free") {
+		r.value("cache.min_free", "%v is negative: write a size, or 0 to let the file system be filled", k.MinFree)
+	}
+	percent(r, "cache.high", k.High)
+	percent(r, "cache.low", k.Low)
+	notNegative(r, "cache.grace", k.Grace)
+	if k.Low > k.High && !r.broken("cache.low") && !r.broken("cache.high") {
+		at := "cache.low"
+		if _, given := r.keys[at]; !given {
+			at = "cache.high"
+		}
+		r.value(at, "low (%d) is above high (%d), so that nothing would be evicted: lower the one or raise the other", k.Low, k.High)
+	}
+	notNegative(r, "scrub.every", c.Scrub.Every)
+	positive(r, "scrub.rate", c.Scrub.Rate, defaults.Scrub.Rate)
 }
+
+// leastCache is the least that a store may be limited to: what it needs for itself, and something to keep.
+const leastCache = 16 * MiB
 
 func (c *Config) checkPublishers(r *report) {
 	seen := make(map[string]int)
@@ -524,6 +546,13 @@ func parsePrefix(text string) (netip.Prefix, error) {
 func between(r *report, path string, got, least, most Size) {
 	if (got < least || got > most) && !r.broken(path) {
 		r.value(path, "%v is out of range: write a size from %v to %v", got, least, most)
+	}
+}
+
+// percent notes a number that is none of per cent.
+func percent(r *report, path string, got int) {
+	if (got < 1 || got > 100) && !r.broken(path) {
+		r.value(path, "%d is out of range: write a number from 1 to 100", got)
 	}
 }
 

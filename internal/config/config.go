@@ -106,8 +106,11 @@ type Config struct {
 	// When an image that is held here is asked for again at its publisher. An image asked for with a version never is.
 	Freshness Freshness `yaml:"freshness"`
 
-	// What is kept, beside the images themselves.
+	// How much is kept, and what goes when there is too little space.
 	Cache Cache `yaml:"cache"`
+
+	// How what is kept is read again, to find what the disk has lost.
+	Scrub Scrub `yaml:"scrub"`
 
 	// What acproxy tells about its work, on standard error.
 	Log Log `yaml:"log"`
@@ -347,8 +350,28 @@ type Freshness struct {
 	MaxAge Duration `yaml:"max_age"`
 }
 
-// Cache is what is kept beside the images.
+// Cache is how much is kept.
 type Cache struct {
+	// How much space the store may take: images, what is arriving, signatures, index and all. It is never exceeded: space is reserved
+	// before an image is received, the least recently used images are evicted for it, and what has no space then is refused (507). An
+	// arriving image needs 64KiB beside its bytes. 0 sets no limit; otherwise at least 16MiB.
+	MaxSize Size `yaml:"max_size"`
+
+	// How much of the file system is left to others. The store may take the rest, or max_size if that is less. 0 lets it take all.
+	MinFree Size `yaml:"min_free"`
+
+	// Above how many per cent of what the store may take images are evicted.
+	High int `yaml:"high"`
+
+	// Down to how many per cent they are evicted then.
+	Low int `yaml:"low"`
+
+	// For how long after it was fetched or last used an image is not evicted.
+	Grace Duration `yaml:"grace"`
+
+	// Whether an image may be evicted that its publisher has no more.
+	EvictLastCopies bool `yaml:"evict_last_copies"`
+
 	// How often times of last use are written down. A crash loses at most these.
 	AccessFlush Duration `yaml:"access_flush"`
 
@@ -359,6 +382,16 @@ type Cache struct {
 	// How long the beginning of an image is kept whose publisher broke off, or that was arriving when the server ended, for somebody to ask for
 	// the rest. 0s drops it at once.
 	KeepPartials Duration `yaml:"keep_partials"`
+}
+
+// Scrub is how what is kept is read again.
+type Scrub struct {
+	// Within which time every image is read and checked again: its bytes, its image ID, and what is known of it. One that is damaged is set
+	// aside and fetched again. 0s reads none.
+	Every Duration `yaml:"every"`
+
+	// How many bytes are read in a second at most. If that is too little for every, it takes longer.
+	Rate Size `yaml:"rate"`
 }
 
 // Log is what acproxy tells about its work.
@@ -509,9 +542,17 @@ func Default() Config {
 			MaxAge:   minutes(5),
 		},
 		Cache: Cache{
+			MinFree:      1 * GiB,
+			High:         95,
+			Low:          90,
+			Grace:        minutes(5),
 			AccessFlush:  seconds(30),
 			KeepPartials: minutes(24 * 60),
 			OnFull:       OnFullRefuse,
+		},
+		Scrub: Scrub{
+			Every: days(30),
+			Rate:  20 * MiB,
 		},
 		Log: Log{
 			Level:  "info",
@@ -582,3 +623,4 @@ func or[T any](own *T, everybody T) *T {
 
 func seconds(n int) Duration { return Duration(time.Duration(n) * time.Second) }
 func minutes(n int) Duration { return Duration(time.Duration(n) * time.Minute) }
+func days(n int) Duration    { return Duration(time.Duration(n) * 24 * time.Hour) }
