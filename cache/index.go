@@ -535,6 +535,18 @@ func remove(tx *bolt.Tx, bucket string, key []byte) error {
 	return t.b.Delete(key)
 }
 
+// dense has pages of buckets filled nearly whole when they are split, in this transaction.
+func dense(tx *bolt.Tx, buckets ...string) error {
+	for _, bucket := range buckets {
+		t, err := tableOf(tx, bucket)
+		if err != nil {
+			return err
+		}
+		t.b.FillPercent = 0.95
+	}
+	return nil
+}
+
 // errEnough ends a scan.
 var errEnough = errors.New("enough")
 

@@ -16,7 +16,7 @@ import (
 // transaction left can be read without a lock until the second one after it begins, and whoever was too slow for that looks again.
 
 // looked are the buckets that can be looked into.
-var looked = []string{bucketRefs, bucketRecords, bucketSignatures, bucketUsed, bucketKnown}
+var looked = []string{bucketRefs, bucketRecords, bucketSignatures, bucketNames, bucketUsed, bucketKnown}
 
 // A snapshot is the state that one transaction left.
 type snapshot struct {
@@ -167,7 +167,7 @@ func (l *look) get(bucket string, key []byte) ([]byte, error) {
 	if t == nil {
 		return nil, broken("the bucket %s is missing", bucket)
 	}
-	b, err := l.leaf(t, key)
+	b, _, _, err := l.leaf(t, key)
 	if err != nil {
 		return nil, err
 	}
@@ -178,16 +178,17 @@ func (l *look) get(bucket string, key []byte) ([]byte, error) {
 	return opened(bucket, key, stored)
 }
 
-// leaf returns the leaf page on which a key is, if it is anywhere.
-func (l *look) leaf(t *tree, key []byte) ([]byte, error) {
+// leaf returns the leaf page on which a key is, if it is anywhere, and between what its keys have to be, nil being no bound.
+func (l *look) leaf(t *tree, key []byte) (page, low, high []byte, err error) {
 	id := t.leaf
 	switch {
 	case t.inline != nil:
-		return t.inline, nil
+		return t.inline, nil, nil, nil
 	case t.root != nil:
-		id, _, _ = t.root.leaf(key, false)
+		id, low, high = t.root.leaf(key, false)
 	}
-	return l.read(id, leafPage)
+	page, err = l.read(id, leafPage)
+	return page, low, high, err
 }
 
 // leaf returns the leaf page whose keys begin at or before key, or with before, before it; and between what its keys have to be, nil being no
@@ -273,6 +274,58 @@ func (l *look) confirm(bucket string, key []byte) error {
 		_, _, err = check(high, false)
 	}
 	return err
+}
+
+// each calls fn for the rows of a bucket whose keys begin with prefix and are not before from, in order, until fn returns an error; errEnough is
+// none. It reads one page after the other and keeps nothing from being written in between: what changes meanwhile is seen or isn't.
+func (x *index) each(bucket string, prefix, from []byte, fn func(key, value []byte) error) error {
+	at := prefix
+	if bytes.Compare(from, prefix) > 0 {
+		at = from
+	}
+	var page []byte
+	for {
+		var low, high []byte
+		err := x.look(func(l *look) error {
+			t := l.snapshot.trees[bucket]
+			if t == nil {
+				return broken("the bucket %s is missing", bucket)
+			}
+			b, l0, h0, err := l.leaf(t, at)
+			page, low, high = append(page[:0], b...), l0, h0
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		err = elements(page, leafPage, low, high, func(_ uint32, key, stored []byte) error {
+			if bytes.Compare(key, at) < 0 {
+				return nil
+			}
+			if !bytes.HasPrefix(key, prefix) {
+				return errEnough
+			}
+			value, err := opened(bucket, key, stored)
+			if err != nil {
+				return err
+			}
+			return fn(key, value)
+		})
+		if err == errEnough {
+			return nil
+		}
+		if errors.Is(err, errPages) {
+			x.dead.Store(true)
+		}
+		if err != nil || high == nil {
+			return err
+		}
+		if bytes.Compare(high, at) <= 0 {
+			x.dead.Store(true)
+			return broken("the pages of %s are out of order", bucket)
+		}
+		at = high
+	}
 }
 
 // rows calls fn for the rows of a small tree.

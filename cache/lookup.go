@@ -192,15 +192,7 @@ func (d *Disk) imageLocked(digest acproxy.Digest) (*image, error) {
 	return img, err
 }
 
-func useLatest(tx *bolt.Tx, rec *Record) error {
-	t, err := getTime(tx, bucketUsed, rec.Digest[:])
-	if t.After(rec.Used) {
-		rec.Used = t
-	}
-	return err
-}
-
-// useTouched is useLatest for what hasn't been written yet.
+// useTouched brings the time of the last use up to what hasn't been written yet.
 func (d *Disk) useTouched(rec *Record) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -244,7 +236,14 @@ func (d *Disk) published(digest acproxy.Digest, bucket string, in func(func(gett
 				return err
 			}
 			row, err := get(bucketRecords, digest[:])
-			held = row != nil
+			if row == nil || err != nil {
+				return err
+			}
+			held = true
+			h, err := decodeRow(bucketRecords, digest[:], row, takeHeld)
+			if err == nil && (bucket == bucketManifests || h.Signed) {
+				err = broken("no row of %s for %v", bucket, digest)
+			}
 			return err
 		})
 		switch {
@@ -501,10 +500,10 @@ func (d *Disk) Images(filter Filter, after string, limit int) (records []Record,
 		return nil, "", acproxy.Invalid("%.64q is not a place in the list of images", after)
 	}
 	prefix := strings.TrimSuffix(filter.Prefix, "/")
-	err = d.view(func(tx *bolt.Tx) error {
+	err = d.on(func(ix *index) error {
 		records, next = nil, ""
 		last := after
-		return scan(tx, bucketNames, []byte(prefix), from, func(key, _ []byte) error {
+		return ix.each(bucketNames, []byte(prefix), from, func(key, _ []byte) error {
 			if bytes.Equal(key, from) {
 				return nil
 			}
@@ -516,24 +515,46 @@ func (d *Disk) Images(filter Filter, after string, limit int) (records []Record,
 			if err != nil {
 				return err
 			}
-			h, ok, err := getRecord(tx, digest)
+			rec, ok, err := ix.named(key, digest)
 			switch {
 			case err != nil:
 				return err
 			case !ok:
-				return broken("no record for %v", digest)
-			case !acproxy.HasPrefix(h.Name, prefix), filter.State != "" && filter.State != h.State:
+				// It was removed in between.
+				return nil
+			case !acproxy.HasPrefix(rec.Name, prefix), filter.State != "" && filter.State != rec.State:
 				return nil
 			}
 			last = hex.EncodeToString(key)
-			records = append(records, h.Record)
-			return useLatest(tx, &records[len(records)-1])
+			records = append(records, rec)
+			return nil
 		})
 	})
 	for i := range records {
 		d.useTouched(&records[i])
 	}
 	return records, next, err
+}
+
+// named returns the record that a row of names stands for, with the time of its last use as it was last written.
+func (x *index) named(key []byte, digest acproxy.Digest) (rec Record, ok bool, err error) {
+	err = x.look(func(l *look) (err error) {
+		if rec, ok, err = l.record(digest); err != nil {
+			return err
+		}
+		if !ok {
+			if row, err := l.get(bucketNames, key); row != nil || err != nil {
+				return errors.Join(err, broken("no record for %v", digest))
+			}
+			return nil
+		}
+		used, err := l.get(bucketUsed, digest[:])
+		if t, ok := timeIn(used); ok && t.After(rec.Used) {
+			rec.Used = t
+		}
+		return err
+	})
+	return rec, ok, err
 }
 
 // Known implements [Store].

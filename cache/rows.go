@@ -301,10 +301,19 @@ func getImage(tx *bolt.Tx, digest acproxy.Digest) (*image, error) {
 // putImage writes everything about an image. It returns the images that answered one of its refs before and don't any more, and this one if a
 // later answer to one of its refs is known already.
 func putImage(tx *bolt.Tx, img *image) (displaced []acproxy.Digest, err error) {
-	digest := img.Record.Digest
-	if err := dropRecord(tx, digest); err != nil {
+	var sum totals
+	if err := dropRecord(tx, img.Record.Digest, &sum); err != nil {
 		return nil, err
 	}
+	if displaced, err = putRows(tx, img, &sum); err != nil {
+		return nil, err
+	}
+	return displaced, addTotals(tx, sum)
+}
+
+// putRows is putImage for an image that has no record in the index. What it adds to the totals it adds to sum.
+func putRows(tx *bolt.Tx, img *image, sum *totals) (displaced []acproxy.Digest, err error) {
+	digest := img.Record.Digest
 	h := held{img.Record, img.sidecar}
 	if err := put(tx, bucketRecords, digest[:], appendHeld(nil, h)); err != nil {
 		return nil, err
@@ -322,9 +331,7 @@ func putImage(tx *bolt.Tx, img *image) (displaced []acproxy.Digest, err error) {
 			return nil, err
 		}
 	}
-	if err := addTotals(tx, h, 1); err != nil {
-		return nil, err
-	}
+	sum.add(h, 1)
 	if err := putOrder(tx, img.Record); err != nil {
 		return nil, err
 	}
@@ -365,8 +372,8 @@ func putRef(tx *bolt.Tx, r Resolution) (loser acproxy.Digest, err error) {
 	return loser, put(tx, bucketHeld, append(r.Digest[:], key...), nil)
 }
 
-// dropRecord removes an image from every bucket but those of its refs.
-func dropRecord(tx *bolt.Tx, digest acproxy.Digest) error {
+// dropRecord removes an image from every bucket but those of its refs, and from sum.
+func dropRecord(tx *bolt.Tx, digest acproxy.Digest, sum *totals) error {
 	h, ok, err := getRecord(tx, digest)
 	if !ok || err != nil {
 		return err
@@ -381,10 +388,8 @@ func dropRecord(tx *bolt.Tx, digest acproxy.Digest) error {
 			return err
 		}
 	}
-	if err := dropOrder(tx, h.Record); err != nil {
-		return err
-	}
-	return addTotals(tx, h, -1)
+	sum.add(h, -1)
+	return dropOrder(tx, h.Record)
 }
 
 // dropImage removes an image and its refs.
@@ -405,10 +410,14 @@ func dropImage(tx *bolt.Tx, digest acproxy.Digest) error {
 			return err
 		}
 	}
-	if err := dropRecord(tx, digest); err != nil {
+	var sum totals
+	if err := dropRecord(tx, digest, &sum); err != nil {
 		return err
 	}
-	return remove(tx, bucketUsed, digest[:])
+	if err := remove(tx, bucketUsed, digest[:]); err != nil {
+		return err
+	}
+	return addTotals(tx, sum)
 }
 
 func getTotals(tx *bolt.Tx) (t totals, err error) {
@@ -416,12 +425,15 @@ func getTotals(tx *bolt.Tx) (t totals, err error) {
 	return t, err
 }
 
-func addTotals(tx *bolt.Tx, h held, n int64) error {
+func addTotals(tx *bolt.Tx, sum totals) error {
+	if sum == (totals{}) {
+		return nil
+	}
 	t, err := getTotals(tx)
 	if err != nil {
 		return err
 	}
-	t.add(h, n)
+	t = totals{t.Images + sum.Images, t.Quarantined + sum.Quarantined, t.Blobs + sum.Blobs, t.Sidecars + sum.Sidecars, t.Pinned + sum.Pinned}
 	return put(tx, bucketState, []byte(stateTotals), appendTotals(nil, t))
 }
 

@@ -6,6 +6,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"slices"
 	"unicode/utf8"
 
 	"github.com/acproxy/acproxy"
@@ -63,7 +64,7 @@ type envelope struct {
 	Content json.RawMessage `json:"content"`
 }
 
-// format is the version of what is in the envelopes.
+// format is the version of what is in the envelopes; head has it too.
 const format = 1
 
 // seal returns a file with v as its content.
@@ -72,15 +73,27 @@ func seal(v any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	head := fmt.Sprintf(`{"format":%d,"crc32c":"%08x","content":`, format, crc32.Checksum(content, castagnoli))
-	file := make([]byte, 0, len(head)+len(content)+2)
-	file = append(file, head...)
-	file = append(file, content...)
-	return append(file, "}\n"...), nil
+	sum := fmt.Sprintf("%08x", crc32.Checksum(content, castagnoli))
+	return slices.Concat([]byte(head), []byte(sum), []byte(headEnd), content, []byte(tail)), nil
 }
+
+// head is how seal begins a file, but for the checksum, and tail how it ends it.
+const (
+	head    = `{"format":1,"crc32c":"`
+	headEnd = `","content":`
+	tail    = "}\n"
+)
 
 // unseal reads a file that seal made into v.
 func unseal(file []byte, v any) error {
+	// As long as nobody has laid it out anew, the content needs no search.
+	const at = len(head) + 8 + len(headEnd)
+	if len(file) > at+len(tail) && string(file[:len(head)]) == head && string(file[at-len(headEnd):at]) == headEnd && string(file[len(file)-len(tail):]) == tail {
+		content := file[at : len(file)-len(tail)]
+		if fmt.Sprintf("%08x", crc32.Checksum(content, castagnoli)) == string(file[len(head):at-len(headEnd)]) {
+			return json.Unmarshal(content, v)
+		}
+	}
 	var e envelope
 	if err := json.Unmarshal(file, &e); err != nil {
 		return err
@@ -122,9 +135,20 @@ func readSmall(name string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(b)) > limit {
-		err = fmt.Errorf("%s is longer than %d bytes", name, limit)
+	// Most of them are read at once, and found to have ended by the second time.
+	b := make([]byte, 0, min(limit+1, 8<<10))
+	for {
+		n, err := f.Read(b[len(b):cap(b)])
+		b = b[:len(b)+n]
+		switch {
+		case int64(len(b)) > limit:
+			return nil, fmt.Errorf("%s is longer than %d bytes", name, limit)
+		case err == io.EOF:
+			return b, nil
+		case err != nil:
+			return nil, err
+		case len(b) == cap(b):
+			b = slices.Grow(b, len(b))
+		}
 	}
-	return b, err
 }

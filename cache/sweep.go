@@ -45,18 +45,36 @@ func (d *Disk) sweep(ix *index, trust bool) error {
 	if err := d.sweepNames(ix); err != nil {
 		return err
 	}
-	for i := range 256 {
-		if err := d.sweepShard(ix, fmt.Sprintf("%02x", i), trust); err != nil {
-			return err
-		}
-		d.announce(ix, trust, false)
+	ctx, cancel := context.WithCancelCause(d.ctx)
+	defer cancel(nil)
+	shards := make(chan string)
+	var wg sync.WaitGroup
+	// Twice as many as there are processors: while some wait for a file or for the index to be written, others read. Each ends when shards is
+	// closed; waited for below.
+	for range 2 * runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for name := range shards {
+				if err := d.sweepShard(ctx, ix, name, trust); err != nil {
+					cancel(err)
+				}
+				d.announce(ix, trust, false)
+			}
+		})
 	}
-	return nil
+	for i := range 256 {
+		if ctx.Err() != nil {
+			break
+		}
+		shards <- fmt.Sprintf("%02x", i)
+	}
+	close(shards)
+	wg.Wait()
+	return context.Cause(ctx)
 }
 
-func (d *Disk) sweepShard(ix *index, name string, trust bool) error {
-	if d.ctx.Err() != nil {
-		return context.Cause(d.ctx)
+func (d *Disk) sweepShard(ctx context.Context, ix *index, name string, trust bool) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	files, err := d.list(name)
 	if err != nil {
@@ -64,36 +82,32 @@ func (d *Disk) sweepShard(ix *index, name string, trust bool) error {
 	}
 	var odd, fresh []acproxy.Digest
 	prefix, _ := hex.DecodeString(name)
-	err = ix.view(func(tx *bolt.Tx) error {
-		odd, fresh = nil, nil
-		t, err := tableOf(tx, bucketRecords)
-		if err != nil {
-			return err
+	indexed := make(map[acproxy.Digest]bool, len(files))
+	err = ix.each(bucketRecords, prefix, nil, func(key, _ []byte) error {
+		digest, err := digestIn(key)
+		if f := files[digest]; err == nil && (!f.blob || !f.sidecar) {
+			odd = append(odd, digest)
 		}
-		for digest, f := range files {
-			if t.b.Get(digest[:]) != nil {
-				if !f.blob || !f.sidecar {
-					odd = append(odd, digest)
-				}
-			} else if f.blob && f.sidecar {
-				fresh = append(fresh, digest)
-			} else {
-				odd = append(odd, digest)
-			}
-		}
-		return scan(tx, bucketRecords, prefix, nil, func(key, _ []byte) error {
-			digest, err := digestIn(key)
-			if _, ok := files[digest]; !ok && err == nil {
-				odd = append(odd, digest)
-			}
-			return err
-		})
+		indexed[digest] = true
+		return err
 	})
 	if err != nil {
 		return err
 	}
+	for digest, f := range files {
+		switch {
+		case indexed[digest]:
+		case f.blob && f.sidecar:
+			fresh = append(fresh, digest)
+		default:
+			odd = append(odd, digest)
+		}
+	}
 	slices.SortFunc(fresh, compareDigests)
 	for together := range slices.Chunk(fresh, maxAdopted) {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		left, displaced, err := d.adopt(ix, together)
 		if err != nil {
 			return err
@@ -157,28 +171,23 @@ func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acp
 		}
 	}()
 	images := make([]*image, len(digests))
-	errs := make([]error, len(digests))
-	var wg sync.WaitGroup
-	for worker := range runtime.GOMAXPROCS(0) {
-		// Ends with its part of the digests; waited for below.
-		wg.Go(func() {
-			for i := worker; i < len(digests); i += runtime.GOMAXPROCS(0) {
-				images[i], errs[i] = d.readSidecar(digests[i])
-			}
-		})
-	}
-	wg.Wait()
-	for i, err := range errs {
-		if err == nil {
-			continue
-		}
-		if !unreadable(err) && !errors.Is(err, fs.ErrNotExist) {
+	for i, digest := range digests {
+		images[i], err = d.readSidecar(digest)
+		switch {
+		case err == nil:
+		case unreadable(err), errors.Is(err, fs.ErrNotExist):
+			left = append(left, digest)
+		default:
 			return nil, nil, err
 		}
-		left = append(left, digests[i])
 	}
 	err = ix.update(func(tx *bolt.Tx) error {
 		displaced = nil
+		// They come in the order of their digests, and hardly any comes later: pages need no room.
+		if err := dense(tx, bucketRecords, bucketManifests, bucketSignatures, bucketHeld); err != nil {
+			return err
+		}
+		var sum totals
 		for _, img := range images {
 			if img == nil {
 				continue
@@ -189,13 +198,13 @@ func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acp
 				}
 				continue
 			}
-			losers, err := putImage(tx, img)
+			losers, err := putRows(tx, img, &sum)
 			if err != nil {
 				return err
 			}
 			displaced = append(displaced, losers...)
 		}
-		return nil
+		return addTotals(tx, sum)
 	})
 	for _, img := range images {
 		if img != nil {
