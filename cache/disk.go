@@ -65,7 +65,13 @@ type Options struct {
 	Evicted func(Eviction)
 	// Free says how many bytes of the file system are free; nil means that the operating system is asked.
 	Free func() (int64, error)
+	// MaxMapped is about how many bytes of the index stay mapped into memory between uses; 0 means DefaultMaxMapped. A smaller number makes
+	// changes and listings of a large store slower, and look-ups of single images not: those go past the map.
+	MaxMapped int64
 }
+
+// DefaultMaxMapped is enough for the whole index of ten thousand images.
+const DefaultMaxMapped = 64 << 20
 
 // A Disk is a store in one directory. It is safe for concurrent use by one process; a second one can't open the same directory.
 //
@@ -79,6 +85,7 @@ type Disk struct {
 	now          func() time.Time
 	flushEvery   time.Duration
 	keepPartials time.Duration
+	maxMapped    int64
 	idle         bool
 	tellEvicted  func(Eviction)
 	lock         *os.File
@@ -125,7 +132,7 @@ var _ Store = (*Disk)(nil)
 // is an error that says so. The caller closes it.
 func Open(dir string, opts Options) (*Disk, error) {
 	d := &Disk{
-		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials,
+		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
 		idle: opts.Idle, tellEvicted: opts.Evicted, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
 		memory: newMemory(), cleaned: make(chan struct{}), changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
 		suspended: make(map[string]suspended), shards: make(map[string]bool),
@@ -144,6 +151,9 @@ func Open(dir string, opts Options) (*Disk, error) {
 	}
 	if d.keepPartials == 0 {
 		d.keepPartials = DefaultKeepPartials
+	}
+	if d.maxMapped == 0 {
+		d.maxMapped = DefaultMaxMapped
 	}
 	free := opts.Free
 	if free == nil {
@@ -183,7 +193,7 @@ func (d *Disk) open() error {
 	for _, shard := range shards {
 		d.shards[shard.Name()] = true
 	}
-	ix, err := openIndex(d.path(indexFile), d.memory, d.space)
+	ix, err := openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.log.Info("the index is made from what is in the store", "dir", d.dir)
@@ -314,7 +324,7 @@ func (d *Disk) newIndex() (*index, error) {
 	if err := createIndex(d.fsys, d.temp(), d.path(indexFile)); err != nil {
 		return nil, fmt.Errorf("making an index: %w", err)
 	}
-	return openIndex(d.path(indexFile), d.memory, d.space)
+	return openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
 }
 
 // anotherIndex sets the index aside and makes an empty one.

@@ -36,6 +36,7 @@ type index struct {
 	memory    *memory // is told of every change before anybody else is
 	space     *space  // is told what every change makes of the sums
 	snapshots snapshots
+	mapped    mapped
 
 	writes chan *write
 	marked bool // the writer's own: the index says that it is open
@@ -65,9 +66,27 @@ const minMap = 64 << 20
 // growBy is by how much the file grows at once. bbolt's own 16 MiB would be most of a small store.
 const growBy = 1 << 20
 
+// mapped bounds how much of the memory map stays in memory. bbolt reads through it: changes, and look-ups of many rows at once.
+type mapped struct {
+	max    int64    // bytes
+	before int64    // what there was of other files when the index was opened
+	statm  *os.File // nil where nobody can tell
+	calls  atomic.Int64
+}
+
+// mindEvery is how many views go by until somebody minds how much of the map is in memory. That takes two microseconds.
+const mindEvery = 64
+
+// trim gives pages of the map back if there are too many. The caller sees to it that the map, of size bytes at least, stays where it is.
+func (x *index) trim(size int64) {
+	if residentFiles(x.mapped.statm)-x.mapped.before > x.mapped.max {
+		giveBack(x.db.Info().Data, size)
+	}
+}
+
 // openIndex opens an existing file. It reads no more than its head: check has to be called before it can be used. A file that bbolt couldn't
 // work with is an error matching errPages.
-func openIndex(path string, memory *memory, space *space) (*index, error) {
+func openIndex(path string, memory *memory, space *space, maxMapped int64) (*index, error) {
 	size, err := checkHead(path)
 	if err != nil {
 		return nil, err
@@ -76,9 +95,11 @@ func openIndex(path string, memory *memory, space *space) (*index, error) {
 	if x.snapshots.f, err = os.Open(path); err != nil {
 		return nil, err
 	}
+	x.mapped.max, x.mapped.statm = maxMapped, openStatm()
+	x.mapped.before = residentFiles(x.mapped.statm)
 	defer func() {
 		if err != nil {
-			x.snapshots.f.Close()
+			x.closeFiles()
 		}
 	}()
 	err = x.guard(func() error {
@@ -278,6 +299,9 @@ func (x *index) peek(read func(*bolt.Tx) error) error {
 		if tx, err = x.db.Begin(false); err != nil {
 			return err
 		}
+		if x.mapped.calls.Add(1)%mindEvery == 0 {
+			x.trim(tx.Size())
+		}
 		return read(tx)
 	})
 	switch {
@@ -385,6 +409,10 @@ func (x *index) run(changes []*write) error {
 	case errors.Is(err, errPages):
 		x.stuck.Store(true)
 	}
+	if err == nil {
+		// Only the next transaction can move the map, and this is where it would begin.
+		x.trim(x.snapshots.size())
+	}
 	// After a failure too: it may have been done all the same.
 	generation := x.memory.generation.Add(1)
 	if taken := x.snapshots.take(generation); taken != nil && err == nil {
@@ -432,11 +460,19 @@ func (x *index) guard(call func() error) (err error) {
 func (x *index) close() error {
 	close(x.quit)
 	x.wg.Wait()
-	x.snapshots.f.Close()
+	x.closeFiles()
 	if x.stuck.Load() {
 		return nil
 	}
 	return x.db.Close()
+}
+
+// closeFiles closes the files that are only read.
+func (x *index) closeFiles() {
+	x.snapshots.f.Close()
+	if x.mapped.statm != nil {
+		x.mapped.statm.Close()
+	}
 }
 
 // buckets are all that the index holds. A key is as described; every value begins with a checksum of key and value. What is not said to be JSON is

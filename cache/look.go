@@ -23,6 +23,7 @@ type snapshot struct {
 	generation uint64
 	turn       uint64 // how many transactions had begun
 	pageSize   int64
+	size       int64 // bytes that are in use
 	trees      map[string]*tree
 }
 
@@ -82,7 +83,7 @@ func (s *snapshots) take(generation uint64) error {
 	if err != nil {
 		return err
 	}
-	next := &snapshot{generation: generation, turn: s.begun.Load(), pageSize: m.pageSize, trees: make(map[string]*tree)}
+	next := &snapshot{generation: generation, turn: s.begun.Load(), pageSize: m.pageSize, size: m.pageSize * int64(m.highWater), trees: make(map[string]*tree)}
 	before := s.last.Load()
 	if before == nil {
 		before = &snapshot{}
@@ -105,6 +106,14 @@ func (s *snapshots) take(generation uint64) error {
 		s.last.Store(next)
 	}
 	return err
+}
+
+// size returns how many bytes of the file the last snapshot uses.
+func (s *snapshots) size() int64 {
+	if last := s.last.Load(); last != nil {
+		return last.size
+	}
+	return 0
 }
 
 // look lets a function look rows up, all of them in one state of the index. The function may be called more than once.

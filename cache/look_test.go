@@ -33,7 +33,7 @@ func endless() *space {
 
 func openTestIndex(t testing.TB, path string) *index {
 	t.Helper()
-	x, err := openIndex(path, newMemory(), endless())
+	x, err := openIndex(path, newMemory(), endless(), DefaultMaxMapped)
 	if err == nil {
 		err = errors.Join(x.check(t.Context()), x.release())
 	}
@@ -264,7 +264,7 @@ func TestBrokenPagesDontLie(t *testing.T) {
 // tryBroken reports whether an index was found broken, and fails the test if it says something wrong instead.
 func tryBroken(t *testing.T, path string, want map[string]string) (found bool) {
 	t.Helper()
-	x, err := openIndex(path, newMemory(), endless())
+	x, err := openIndex(path, newMemory(), endless(), DefaultMaxMapped)
 	if err == nil {
 		defer func() {
 			if err := x.close(); err != nil {

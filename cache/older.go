@@ -64,7 +64,7 @@ func (d *Disk) carryOver(ix *index) error {
 
 // carryFrom returns as lost why the old index can't be read, and as err why the other one can't be written.
 func (d *Disk) carryFrom(path string, ix *index) (lost, err error) {
-	old, err := openIndex(path, newMemory(), d.space)
+	old, err := openIndex(path, newMemory(), d.space, d.maxMapped)
 	if err != nil {
 		return err, nil
 	}
