@@ -362,12 +362,17 @@ func (d *Disk) Touch(digest acproxy.Digest) {
 	d.touched[digest] = now
 }
 
-// flusher writes access times, and removes partial files that are too old, until ctx is done.
+// flusher writes access times and, now and then, the table of refs, and removes partial files that are too old, until ctx is done.
 func (d *Disk) flusher() {
-	tick := time.NewTicker(d.flushEvery)
+	tick, tock := time.NewTicker(d.flushEvery), time.NewTicker(keepRefsEvery)
 	defer tick.Stop()
+	defer tock.Stop()
 	for {
 		select {
+		case <-tock.C:
+			if k := d.knowledge(); k.settled {
+				d.keepRefs(d.ctx, k.ix)
+			}
 		case <-tick.C:
 			if err := d.flush(); err != nil {
 				d.log.Error("writing access times", "err", err)

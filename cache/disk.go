@@ -100,6 +100,8 @@ type Disk struct {
 	locks     locks        // by digest, of an image's files and rows; by the digest of a name, of its file and row. Nobody waits for a second while holding one.
 	flushing  sync.Mutex   // held while access times are written
 	replacing sync.Mutex   // held while one index takes the place of another
+	keeping   sync.Mutex   // held while the table of refs is written
+	kept      uint64       // the changes of refs that the table has, guarded by keeping
 	measuring sync.RWMutex // held while what only the file system knows is counted; held for reading while that is changed
 
 	space    *space
@@ -192,6 +194,9 @@ func (d *Disk) open() error {
 	}
 	for _, shard := range shards {
 		d.shards[shard.Name()] = true
+	}
+	if !d.hasRefTable() {
+		d.memory.refChanges.Add(1)
 	}
 	ix, err := openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
 	switch {
@@ -462,6 +467,7 @@ func (d *Disk) settle(ix *index) error {
 		d.log.Error("the index can be read, but not written", "err", err)
 	}
 	d.announce(ix, true, true)
+	d.keepRefs(d.ctx, ix)
 	d.log.Debug("the index is complete", "took", d.now().Sub(start), "rebuilt", !complete, "swept", unclean)
 	return nil
 }
@@ -614,6 +620,9 @@ func (d *Disk) Close() error {
 	ix := d.index()
 	var err error
 	if settled {
+		ctx, cancel := context.WithTimeout(context.Background(), maxKeepRefs)
+		d.keepRefs(ctx, ix)
+		cancel()
 		if err = d.flush(); err == nil {
 			// From here on the files and the index agree, and the next start needn't compare them.
 			err = ix.update(func(tx *bolt.Tx) error { return remove(tx, bucketState, []byte(stateOpen)) })

@@ -75,6 +75,7 @@ type effect struct {
 // memory is the answers that a store remembers. An answer of a ref holds the record of the image, and is true as long as both are.
 type memory struct {
 	generation atomic.Uint64 // goes up with every change of the index
+	refChanges atomic.Uint64 // goes up with every change that may be one of refs
 	refs       hot[acproxy.Ref, *answer]
 	records    hot[acproxy.Digest, *Record]
 }
@@ -95,6 +96,7 @@ func (m *memory) resolve(ref acproxy.Ref) (*answer, bool) {
 // forget is forget of what a change affects; without effects that is everything.
 func (m *memory) forget(generation uint64, effects []effect) {
 	if len(effects) == 0 {
+		m.refChanges.Add(1)
 		m.refs.forgetAll(generation)
 		m.records.forgetAll(generation)
 	}
@@ -103,6 +105,7 @@ func (m *memory) forget(generation uint64, effects []effect) {
 			m.records.forget(generation, e.digest)
 		}
 		for _, r := range e.refs {
+			m.refChanges.Add(1)
 			m.refs.forget(generation, r.Ref)
 		}
 	}

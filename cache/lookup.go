@@ -38,6 +38,9 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 			// The index was replaced in between.
 			continue
 		}
+		if a := d.hinted(ref); a != nil {
+			return a.to, a.rec, nil
+		}
 		if err := d.await(ctx, k.changed); err != nil {
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
 		}
@@ -665,7 +668,7 @@ func (d *Disk) Usage() (Usage, error) {
 		dir   string
 		want  func(string) bool
 	}{
-		{&u.Index, "", func(name string) bool { return strings.HasPrefix(name, indexFile) }}, {&u.Quarantine, quarantineDir, nil}, {&u.Names, nameDir, nil},
+		{&u.Index, "", func(name string) bool { return strings.HasPrefix(name, indexFile) || name == refTableFile }}, {&u.Quarantine, quarantineDir, nil}, {&u.Names, nameDir, nil},
 	} {
 		if *part.bytes, err = sizes(d.path(part.dir), part.want); err != nil {
 			return u, err

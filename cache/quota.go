@@ -453,9 +453,11 @@ func (d *Disk) measure() {
 	if err != nil {
 		d.log.Error("counting the quarantine directory", "err", err)
 	}
-	aside, err := sizes(d.dir, func(name string) bool { return name != indexFile && strings.HasPrefix(name, indexFile) })
+	aside, err := sizes(d.dir, func(name string) bool {
+		return name != indexFile && strings.HasPrefix(name, indexFile) || name == refTableFile
+	})
 	if err != nil {
-		d.log.Error("counting the indexes that were set aside", "err", err)
+		d.log.Error("counting the table of refs, and the indexes that were set aside", "err", err)
 	}
 	d.mu.Lock()
 	dirs := []string{"", blobDir, nameDir, partialDir, quarantineDir}

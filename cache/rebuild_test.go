@@ -1,0 +1,172 @@
+//go:build unix
+
+package cache_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/cache/cachetest"
+)
+
+// TestServesWhileTheIndexIsMade holds the making of the index up before it has taken anything in. All that is held is served nevertheless, and
+// what isn't is not said to be missing.
+func TestServesWhileTheIndexIsMade(t *testing.T) {
+	spoil := func(change func(b []byte) []byte) func(t *testing.T, path string) {
+		return func(t *testing.T, path string) { write(t, path, change(read(t, path))) }
+	}
+	version := func(n int) func(t *testing.T, path string) {
+		return func(t *testing.T, path string) {
+			if err := cache.SetSchema(path, n); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name  string
+		spoil func(t *testing.T, path string)
+	}{
+		{"the index is missing", func(t *testing.T, path string) {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"it is empty", spoil(func([]byte) []byte { return nil })},
+		{"it is truncated", spoil(func(b []byte) []byte { return b[:5*4096] })},
+		{"a bit of its head is flipped", spoil(func(b []byte) []byte { b[4096+20] ^= 1; return b })},
+		{"it is of an older version", version(cache.Schema - 1)},
+		{"it is of a newer version", version(cache.Schema + 1)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir, images := t.TempDir(), library()
+			d := open(t, dir, cache.Options{})
+			fill(t, d, images)
+			closeStore(t, d)
+			tt.spoil(t, filepath.Join(dir, "index.db"))
+			unblock := blockOpen(t, filepath.Join(dir, "names", "blocked.json"))
+			d = open(t, dir, cache.Options{})
+			defer unblock()
+			for _, img := range images {
+				if err := cachetest.Check(t.Context(), d, img); err != nil {
+					t.Errorf("while it is made: %v", err)
+				}
+			}
+			if k, ok := d.Known(known.Name); !ok || k.Name != known.Name {
+				t.Errorf("Known = %+v, %v", k, ok)
+			}
+			if !d.Rebuilding() {
+				t.Fatal("the index was made all the same")
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			if _, _, err := d.Resolve(ctx, cachetest.MustRef("example.com/never:1")); !errors.Is(err, context.Canceled) {
+				t.Errorf("Resolve of what isn't held = %v, want it to wait", err)
+			}
+			if _, err := d.Record(acproxy.Digest{1}); !errors.Is(err, acproxy.ErrNotFound) {
+				t.Errorf("Record of what isn't held = %v, want ErrNotFound", err)
+			}
+			// It can be changed, too.
+			next := cachetest.NewImage("example.com/next", "1", 10)
+			if err := cachetest.Commit(t.Context(), d, next); err != nil {
+				t.Fatal(err)
+			}
+			if err := d.Delete(t.Context(), images[0].Record.Digest); err != nil {
+				t.Fatal(err)
+			}
+			unblock()
+			checkAll(t, d, append(images[1:], next))
+		})
+	}
+}
+
+// TestTableOfRefsIsNotBelieved: an old table names images that don't answer the ref any more, or are gone.
+func TestTableOfRefsIsNotBelieved(t *testing.T) {
+	dir := t.TempDir()
+	d := open(t, dir, cache.Options{})
+	old, next := cachetest.NewImage("example.com/app", "1", 10), cachetest.NewImage("example.com/app", "2", 20)
+	gone := cachetest.NewImage("example.com/gone", "1", 30)
+	for _, img := range []cachetest.Image{old, gone} {
+		if err := cachetest.Commit(t.Context(), d, img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	closeStore(t, d)
+	table := read(t, filepath.Join(dir, "refs"))
+	d = open(t, dir, cache.Options{})
+	if err := cachetest.Commit(t.Context(), d, next); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Delete(t.Context(), gone.Record.Digest); err != nil {
+		t.Fatal(err)
+	}
+	closeStore(t, d)
+	for _, tt := range []struct {
+		name  string
+		table []byte
+	}{
+		{"an old one", table},
+		{"a broken one", bytes.Repeat([]byte{1}, len(table))},
+		{"one cut short", table[:len(table)-1]},
+		{"none", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			write(t, filepath.Join(dir, "refs"), tt.table)
+			if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
+				t.Fatal(err)
+			}
+			d := open(t, dir, cache.Options{})
+			r, _, err := d.Resolve(t.Context(), cachetest.MustRef("example.com/app"))
+			if err != nil || r.Digest != next.Record.Digest {
+				t.Errorf("Resolve = %v, %v, want %v", r.Digest, err, next.Record.Digest)
+			}
+			if r, _, err := d.Resolve(t.Context(), gone.Refs[0].Ref); !errors.Is(err, acproxy.ErrNotFound) {
+				t.Errorf("Resolve of what was removed = %v, %v, want ErrNotFound", r, err)
+			}
+			closeStore(t, d)
+		})
+	}
+}
+
+// TestMissesAreAnsweredBeforeAllIsVerified: an index that names all that was reported to be held is asked for what isn't, at once.
+func TestMissesAreAnsweredBeforeAllIsVerified(t *testing.T) {
+	dir, images := t.TempDir(), library()
+	d := open(t, dir, cache.Options{})
+	fill(t, d, images)
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	killed := filepath.Join(t.TempDir(), "killed")
+	copyStore(t, dir, killed)
+	unblock := blockOpen(t, filepath.Join(killed, "names", "blocked.json"))
+	d = open(t, killed, cache.Options{})
+	defer unblock()
+	if _, _, err := d.Resolve(t.Context(), cachetest.MustRef("example.com/never:1")); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("Resolve of what isn't held = %v, want ErrNotFound", err)
+	}
+	if _, err := d.Record(acproxy.Digest{1}); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("Record of what isn't held = %v, want ErrNotFound", err)
+	}
+	if !d.Rebuilding() {
+		t.Error("the files were compared with the index all the same")
+	}
+	for _, img := range images {
+		if err := cachetest.Check(t.Context(), d, img); err != nil {
+			t.Error(err)
+		}
+	}
+	f, err := d.OpenBlob(images[0].Record.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if b, err := io.ReadAll(f); err != nil || !bytes.Equal(b, images[0].Blob) {
+		t.Errorf("OpenBlob gave %d bytes, %v", len(b), err)
+	}
+}
