@@ -2,7 +2,9 @@ package publisher
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -66,7 +68,9 @@ type answer struct {
 	begun  bool
 	status int
 	n      int64         // bytes of the body
+	torn   bool          // the connection ends with the next bytes
 	raw    *bufio.Writer // the connection, if net/http would not do as told
+	chunks bool          // what is written to raw is cut into chunks
 	conn   net.Conn      // what raw writes to
 	free   func() bool   // ends watching for the publisher going down
 	since  time.Time     // when the body began
@@ -103,6 +107,9 @@ func (a *answer) serve() {
 	case f.EndlessHeaders:
 		a.endlessHeaders()
 		return
+	case f.EndlessInterim:
+		a.endlessInterim()
+		return
 	case f.RedirectLoop:
 		a.redirect(requested(a.r))
 	case f.RedirectTo != "":
@@ -122,6 +129,10 @@ func (a *answer) serve() {
 	}
 	// A fault at the very end of the body.
 	_, _ = a.Write(nil)
+	if a.chunks {
+		// What can't be written is noticed by the client.
+		_, _ = a.raw.WriteString(f.BadChunk)
+	}
 }
 
 func (a *answer) redirect(to string) {
@@ -166,14 +177,53 @@ func (a *answer) serveContent() {
 		return
 	}
 	defer body.Close()
-	r := a.r
-	if a.fault.IgnoreRange {
-		r = r.Clone(r.Context())
-		r.Header.Del("Range")
-	}
+	r := a.r.Clone(a.r.Context())
+	a.changeRange(r.Header)
 	a.Header().Set("Content-Type", c.kind)
 	a.Header().Set("ETag", c.etag)
 	http.ServeContent(a, r, "", c.modified, body)
+}
+
+// changeRange makes of the range that was asked for the one that is answered with.
+func (a *answer) changeRange(h http.Header) {
+	f := a.fault
+	if f.UnaskedRange && h.Get("Range") == "" {
+		h.Set("Range", "bytes=0-")
+	}
+	if f.IgnoreRange {
+		h.Del("Range")
+	}
+	first, last, ok := askedRange(h.Get("Range"))
+	if !ok {
+		return
+	}
+	first = max(first+f.ShiftRange, 0)
+	if f.RangeLength > 0 {
+		last = first + f.RangeLength - 1
+	}
+	span := fmt.Sprintf("bytes=%d-", first)
+	if last >= 0 {
+		span += strconv.FormatInt(max(last, first), 10)
+	}
+	if f.MultipartRange {
+		span += fmt.Sprintf(",%d-%d", first, first)
+	}
+	h.Set("Range", span)
+}
+
+// askedRange reads a single range that has a beginning; last is -1 if it has no end.
+func askedRange(s string) (first, last int64, ok bool) {
+	span, ok := strings.CutPrefix(s, "bytes=")
+	from, to, both := strings.Cut(span, "-")
+	if !ok || !both {
+		return 0, 0, false
+	}
+	first, err := strconv.ParseInt(from, 10, 64)
+	last = -1
+	if err == nil && to != "" {
+		last, err = strconv.ParseInt(to, 10, 64)
+	}
+	return first, last, err == nil
 }
 
 // look returns what is published where a request asks, nil if nothing is.
@@ -218,27 +268,54 @@ func (a *answer) WriteHeader(status int) {
 	if f.WrongContentRange && status == http.StatusPartialContent {
 		h.Set("Content-Range", oneFurther(h.Get("Content-Range")))
 	}
-	if f.NoContentLength || f.CloseDelimited || f.EndlessBody && f.ContentLength == nil {
+	if f.NoContentLength || f.CloseDelimited || f.BadChunk != "" || f.EndlessBody && f.ContentLength == nil {
 		h.Del("Content-Length")
 	}
 	if f.ContentLength != nil {
 		h.Set("Content-Length", strconv.FormatInt(*f.ContentLength, 10))
 	}
 	a.log(false)
-	if f.ContentLength != nil || f.CloseDelimited {
+	if f.ContentLength != nil || f.OtherLength != nil || f.CloseDelimited || f.HTTP10 || f.BadChunk != "" || f.HeaderEvery > 0 {
 		a.takeOver()
 	}
 	if a.raw == nil {
 		a.w.WriteHeader(status)
 		return
 	}
+	version := "1.1"
+	switch {
+	case f.HTTP10:
+		version = "1.0"
+	case f.BadChunk != "":
+		a.chunks = true
+		h.Set("Transfer-Encoding", "chunked")
+	}
+	if f.OtherLength != nil {
+		h.Add("Content-Length", strconv.FormatInt(*f.OtherLength, 10))
+	}
 	h.Set("Connection", "close")
 	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
-	fmt.Fprintf(a.raw, "HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
-	// What can't be written is noticed by the body.
-	_ = h.Write(a.raw)
-	_, _ = a.raw.WriteString("\r\n")
-	_ = a.raw.Flush()
+	var head bytes.Buffer
+	fmt.Fprintf(&head, "HTTP/%s %d %s\r\n", version, status, http.StatusText(status))
+	// Writing to memory can't fail.
+	_ = h.Write(&head)
+	head.WriteString("\r\n")
+	a.writeHead(head.Bytes())
+}
+
+// writeHead writes a header by hand, a byte at a time if that is the fault. What can't be written is noticed by the body.
+func (a *answer) writeHead(head []byte) {
+	every := a.fault.HeaderEvery
+	for step := len(head); len(head) > 0; head = head[step:] {
+		if every > 0 {
+			step = 1
+			a.wait(every, nil)
+		}
+		_, err := a.raw.Write(head[:step])
+		if err = errors.Join(err, a.raw.Flush()); err != nil {
+			return
+		}
+	}
 }
 
 // takeOver takes the connection from net/http, which keeps lengths right. In HTTP/2 it can't be taken.
@@ -278,6 +355,10 @@ func (a *answer) Write(p []byte) (int, error) {
 		if err != nil {
 			return written, err
 		}
+		if a.torn {
+			a.flush()
+			a.end()
+		}
 		if a.fault.BytesPerSecond > 0 {
 			a.flush()
 			due := a.since.Add(time.Duration(float64(a.n) / float64(a.fault.BytesPerSecond) * float64(time.Second)))
@@ -301,12 +382,12 @@ func (a *answer) ReadFrom(r io.Reader) (int64, error) {
 
 func (a *answer) inTheWay() bool {
 	f := a.fault
-	return f.FlipBitAt != nil || f.TruncateAfter != nil || f.ResetAfter != nil || f.StallAfter != nil || f.BytesPerSecond > 0
+	return f.FlipBitAt != nil || f.TruncateAfter != nil || f.ResetAfter != nil || f.StallAfter != nil || f.TearAfter != nil || f.BytesPerSecond > 0
 }
 
 // until returns how many of n bytes can be written before the fault has something to do.
 func (a *answer) until(n int64) int64 {
-	for _, at := range []*int64{a.fault.TruncateAfter, a.fault.ResetAfter, a.fault.StallAfter} {
+	for _, at := range []*int64{a.fault.TruncateAfter, a.fault.ResetAfter, a.fault.StallAfter, a.fault.TearAfter} {
 		if at != nil && *at > a.n {
 			n = min(n, *at-a.n)
 		}
@@ -336,6 +417,11 @@ func (a *answer) misbehave() {
 		a.flush()
 		a.cut(true)
 	}
+	if c := under(a.connection()); reached(f.TearAfter) && c != nil {
+		a.flush()
+		c.tear()
+		a.torn = true
+	}
 	if reached(f.TruncateAfter) {
 		a.flush()
 		a.end()
@@ -348,7 +434,17 @@ func (a *answer) pass(part []byte) (int, error) {
 		part = append([]byte(nil), part...)
 		part[*at-a.n] ^= 1
 	}
-	if a.raw != nil {
+	switch {
+	case a.chunks:
+		if _, err := fmt.Fprintf(a.raw, "%x\r\n", len(part)); err != nil {
+			return 0, err
+		}
+		n, err := a.raw.Write(part)
+		if err == nil {
+			_, err = a.raw.WriteString("\r\n")
+		}
+		return n, err
+	case a.raw != nil:
 		return a.raw.Write(part)
 	}
 	return a.w.Write(part)
@@ -391,17 +487,25 @@ func (a *answer) end() {
 
 // cut closes the connection that the request came on: at once, or with a reset.
 func (a *answer) cut(reset bool) {
-	conn, _ := a.r.Context().Value(connKey{}).(net.Conn)
-	if t, ok := conn.(interface{ NetConn() net.Conn }); ok {
-		conn = t.NetConn() // TLS would say goodbye
-	}
-	if tcp, ok := conn.(*net.TCPConn); ok && reset {
-		_ = tcp.SetLinger(0)
-	}
-	if conn != nil {
-		_ = conn.Close()
+	if c := under(a.connection()); c != nil {
+		c.end(reset)
 	}
 	panic(http.ErrAbortHandler)
+}
+
+// connection returns the connection that the request came on, nil if that isn't known.
+func (a *answer) connection() net.Conn {
+	c, _ := a.r.Context().Value(connKey{}).(net.Conn)
+	return c
+}
+
+// endlessInterim sends interim responses (RFC 9110, section 15.2) until the client has had enough.
+func (a *answer) endlessInterim() {
+	a.Header().Set("Link", "</style.css>; rel=preload")
+	for a.r.Context().Err() == nil && a.up.Err() == nil {
+		a.w.WriteHeader(http.StatusEarlyHints)
+	}
+	a.end()
 }
 
 func (a *answer) endlessHeaders() {

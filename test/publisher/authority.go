@@ -52,8 +52,21 @@ func (a *authority) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, e
 	if c := a.minted[hello.ServerName]; c != nil {
 		return c, nil
 	}
+	c, err := a.mint(hello.ServerName, false)
+	if err != nil {
+		return nil, err
+	}
+	a.minted[hello.ServerName] = c
+	return c, nil
+}
+
+// mint makes a certificate for a name, whose time is over perhaps.
+func (a *authority) mint(name string, expired bool) (*tls.Certificate, error) {
 	template := &x509.Certificate{ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, KeyUsage: x509.KeyUsageDigitalSignature}
-	if name := hello.ServerName; name != "" {
+	if expired {
+		template.NotAfter = time.Now().Add(-time.Minute)
+	}
+	if name != "" {
 		template.Subject.CommonName = name
 		template.DNSNames = []string{name}
 	} else {
@@ -64,9 +77,7 @@ func (a *authority) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, e
 	if err != nil {
 		return nil, err
 	}
-	c := &tls.Certificate{Certificate: [][]byte{cert.Raw, a.cert.Raw}, PrivateKey: a.leaf, Leaf: cert}
-	a.minted[hello.ServerName] = c
-	return c, nil
+	return &tls.Certificate{Certificate: [][]byte{cert.Raw, a.cert.Raw}, PrivateKey: a.leaf, Leaf: cert}, nil
 }
 
 func (a *authority) pem() []byte {
@@ -80,7 +91,9 @@ func certify(template, parent *x509.Certificate, by *ecdsa.PrivateKey, of *ecdsa
 	}
 	template.SerialNumber = serial
 	template.NotBefore = time.Now().Add(-time.Hour)
-	template.NotAfter = time.Now().Add(30 * 24 * time.Hour)
+	if template.NotAfter.IsZero() {
+		template.NotAfter = time.Now().Add(30 * 24 * time.Hour)
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, of, by)
 	if err != nil {
 		return nil, fmt.Errorf("making a certificate: %w", err)

@@ -48,9 +48,11 @@ type Publisher struct {
 	keys     []publicKey
 	files    map[string]*content // host and path → what is served there
 	troubles []*Trouble
-	log      []*Request
-	changed  chan struct{} // closed and replaced when the log changes
-	running  sync.WaitGroup
+	// connTroubles are those below HTTP.
+	connTroubles []*Trouble
+	log          []*Request
+	changed      chan struct{} // closed and replaced when the log changes
+	running      sync.WaitGroup
 }
 
 // listening is what Stop ends: two servers and their goroutines.
@@ -126,14 +128,16 @@ func (p *Publisher) Resume() error {
 			Handler:           p.handler(up),
 			ReadHeaderTimeout: time.Minute,
 			// A client that doesn't trust the CA, or is cut, is no news.
-			ErrorLog:    log.New(io.Discard, "", 0),
-			ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
-			TLSConfig:   &tls.Config{GetCertificate: p.ca.certificate, MinVersion: tls.VersionTLS12},
+			ErrorLog:     log.New(io.Discard, "", 0),
+			ConnContext:  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+			TLSConfig:    p.tlsConfig(up),
+			TLSNextProto: http2ByHand(up),
 		}
+		l := listener{l}
 		up.servers = append(up.servers, s)
 		// Ended by closing the server; waited for by Stop.
 		up.served.Go(func() {
-			if l == secure {
+			if l.Listener == secure {
 				_ = s.ServeTLS(l, "", "")
 			} else {
 				_ = s.Serve(l)

@@ -30,9 +30,24 @@ func run(args []string, stdout, stderr io.Writer) int {
 	plain := flags.String("http", "127.0.0.1:8480", "address of the plain http listener")
 	dir := flags.String("dir", "", "publish the *.aci of this directory, each with the .aci.asc beside it; without it, images made for the occasion")
 	caFile := flags.String("ca", "", "write the CA's certificate to this file")
+	var faults []func(*publisher.Publisher)
+	flags.Func("fault", "misbehave on requests: '[METHOD] HOST/PATH WORD...', with * for any text in the second; may be given several times", func(text string) error {
+		put, err := parseFault(text)
+		faults = append(faults, put)
+		return err
+	})
+	flags.Func("tls-fault", "misbehave on TLS connections: 'HOST WORD...'; may be given several times", func(text string) error {
+		host, words, _ := strings.Cut(strings.TrimSpace(text), " ")
+		f, err := publisher.ParseConnFault(words)
+		faults = append(faults, func(p *publisher.Publisher) { p.MisbehaveTLS(host, f) })
+		return err
+	})
 	flags.Usage = func() {
 		fmt.Fprintf(stderr, "publisher publishes appc images for a try, under any host name, with certificates of its own CA.\n\nUsage: publisher [flags]\n\n")
 		flags.PrintDefaults()
+		fmt.Fprintf(stderr, "\nThe words of -fault are\n  %s\nand those of -tls-fault\n  %s\nwhich the types Fault and ConnFault of package test/publisher explain. For example\n"+
+			"  -fault 'storage.example.com/*.aci truncate-after=1000 times=1' -tls-fault 'example.com expired'\n",
+			strings.Join(publisher.FaultWords(), "\n  "), strings.Join(publisher.ConnFaultWords(), "\n  "))
 	}
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
@@ -46,14 +61,30 @@ func run(args []string, stdout, stderr io.Writer) int {
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
 	defer signal.Stop(interrupted)
-	if err := publish(stdout, *listen, *plain, *dir, *caFile, interrupted); err != nil {
+	if err := publish(stdout, *listen, *plain, *dir, *caFile, faults, interrupted); err != nil {
 		fmt.Fprintln(stderr, "publisher:", err)
 		return 1
 	}
 	return 0
 }
 
-func publish(stdout io.Writer, listen, plain, dir, caFile string, until <-chan os.Signal) (err error) {
+// parseFault reads what -fault is given, and returns what puts it into effect.
+func parseFault(text string) (func(*publisher.Publisher), error) {
+	pattern, words, _ := strings.Cut(strings.TrimSpace(text), " ")
+	method := ""
+	if pattern != "" && strings.Trim(pattern, "ABCDEFGHIJKLMNOPQRSTUVWXYZ") == "" {
+		method = pattern
+		pattern, words, _ = strings.Cut(strings.TrimLeft(words, " "), " ")
+	}
+	f, err := publisher.ParseFault(words)
+	match := publisher.URL(pattern)
+	if method != "" {
+		match = publisher.Method(method, match)
+	}
+	return func(p *publisher.Publisher) { p.Misbehave(match, f) }, err
+}
+
+func publish(stdout io.Writer, listen, plain, dir, caFile string, faults []func(*publisher.Publisher), until <-chan os.Signal) (err error) {
 	p, err := publisher.Start(publisher.Options{Listen: listen, ListenHTTP: plain})
 	if err != nil {
 		return err
@@ -72,6 +103,9 @@ func publish(stdout io.Writer, listen, plain, dir, caFile string, until <-chan o
 	}
 	if err != nil {
 		return err
+	}
+	for _, put := range faults {
+		put(p)
 	}
 	tell(stdout, p, images, caFile)
 	<-until
