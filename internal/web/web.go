@@ -99,6 +99,7 @@ type route struct {
 	rule      Rule
 	allow     []netip.Prefix
 	transport *http.Transport
+	alone     *http.Transport // the same, with a connection for each request
 }
 
 // What cancels a request on our side. They are told apart from the caller's own cancellation by context.Cause.
@@ -168,6 +169,8 @@ func (c *Client) newRoute(rule Rule) *route {
 		// A dead HTTP/2 connection would otherwise be given to one request after another until the kernel notices.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 	}
+	r.alone = r.transport.Clone()
+	r.alone.DisableKeepAlives = true
 	return r
 }
 
@@ -415,7 +418,7 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 	}
 	req := (&http.Request{Method: a.method, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
 		WithContext(withProxy(a.ctx, proxy))
-	resp, err := a.route.transport.RoundTrip(req)
+	resp, err := a.route.roundTrip(req)
 	// What a server says because we hung up is no answer, though it may still reach us: climbing on such a 404 would be wrong.
 	if err == nil && a.ctx.Err() != nil {
 		_ = resp.Body.Close()
