@@ -186,7 +186,8 @@ type Dial struct {
 	// How long a publisher may take from the request to the head of its answer, redirects included.
 	Timeout Duration `yaml:"timeout"`
 
-	// How long a download may go without a single byte.
+	// How long a download may take for its next 4KiB, or for the rest if that is less. A publisher that sends a byte now and then isn't waited for
+	// without end.
 	StallTimeout Duration `yaml:"stall_timeout"`
 
 	// Redirects followed for one request. 0 follows none.

@@ -66,7 +66,7 @@ type Config struct {
 
 	ConnectTimeout time.Duration // for each address tried; 0 means DefaultConnectTimeout
 	Timeout        time.Duration // from asking to the headers of the last answer; 0 means DefaultTimeout
-	StallTimeout   time.Duration // a body that gives no byte for so long fails; 0 means DefaultStallTimeout
+	StallTimeout   time.Duration // a body whose next 4 KiB, or what is left of it, take longer fails; 0 means DefaultStallTimeout
 	MaxRedirects   int           // redirects followed; 0 means DefaultMaxRedirects, less than 0 none
 	MaxHeaderBytes int64         // bytes of an answer's headers; 0 means DefaultMaxHeaderBytes
 
@@ -166,8 +166,9 @@ func (c *Client) newRoute(rule Rule) *route {
 		IdleConnTimeout:        90 * time.Second,
 		MaxResponseHeaderBytes: c.cfg.MaxHeaderBytes,
 		OnProxyConnectResponse: checkConnect,
-		// A dead HTTP/2 connection would otherwise be given to one request after another until the kernel notices.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
+		// A dead HTTP/2 connection would otherwise be given to one request after another until the kernel notices. One that has stopped in the middle
+		// of a header is dead, too.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: max(c.cfg.StallTimeout/2, time.Second), PingTimeout: max(c.cfg.StallTimeout/2, time.Second)},
 	}
 	r.alone = r.transport.Clone()
 	r.alone.DisableKeepAlives = true
@@ -480,8 +481,11 @@ func (a *asking) body(rc io.ReadCloser, t *turn) io.ReadCloser {
 	stall := a.route.client.cfg.StallTimeout
 	timer := time.AfterFunc(stall, func() { a.cancel(errStalled) })
 	timer.Stop()
-	return &body{rc: rc, asking: a, turn: t, timer: timer, stall: stall}
+	return &body{rc: rc, asking: a, turn: t, timer: timer, left: stall, due: leastRead}
 }
+
+// leastRead is how many bytes of a body have to come within the stall timeout. Who sends one now and then would be waited for without end.
+const leastRead = 4 << 10
 
 // A body reads an answer. The timer runs only while somebody waits in Read: a reader who takes his time is not the publisher's fault.
 type body struct {
@@ -489,15 +493,21 @@ type body struct {
 	asking *asking
 	turn   *turn
 	timer  *time.Timer
-	stall  time.Duration
+	left   time.Duration // for the bytes that are due
+	due    int
 	whole  bool // the end was read
 }
 
 // Read reads as the answer's body does.
 func (b *body) Read(p []byte) (int, error) {
-	b.timer.Reset(b.stall)
+	began := time.Now()
+	b.timer.Reset(b.left)
 	n, err := b.rc.Read(p)
 	b.timer.Stop()
+	b.left -= time.Since(began)
+	if b.due -= n; b.due <= 0 {
+		b.left, b.due = b.asking.route.client.cfg.StallTimeout, leastRead
+	}
 	// A server that sees us hang up may end its body in good order, and that end may still reach us: one that comes after the request was
 	// cancelled is not the end of the body.
 	if err == io.EOF && b.asking.ctx.Err() == nil {

@@ -19,12 +19,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/test/publisher"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -830,6 +832,91 @@ func TestEndAfterCancelling(t *testing.T) {
 	defer b.Close()
 	_, err = io.Copy(io.Discard, b)
 	checkError(t, err, acproxy.ErrTimeout, "publisher-timeout")
+}
+
+// trickle is a body that gives so many bytes at a time, each after a pause.
+type trickle struct {
+	ctx   context.Context
+	bytes int
+	pause time.Duration
+}
+
+func (r trickle) Close() error { return nil }
+
+func (r trickle) Read(p []byte) (int, error) {
+	select {
+	case <-time.After(r.pause):
+		return min(len(p), r.bytes), nil
+	case <-r.ctx.Done():
+		return 0, r.ctx.Err()
+	}
+}
+
+// TestTrickle: who sends a byte now and then stalls as well as who sends none.
+func TestTrickle(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		bytes    int
+		pause    time.Duration
+		size     int64
+		fails    bool
+		at, took time.Duration // after which the error comes; the whole body
+	}{
+		{name: "a byte a second", bytes: 1, pause: time.Second, size: 1 << 20, fails: true, at: 30 * time.Second},
+		{name: "a byte every 29 seconds", bytes: 1, pause: 29 * time.Second, size: 1 << 20, fails: true, at: 30 * time.Second},
+		{name: "no byte", bytes: 1, pause: time.Hour, size: 1 << 20, fails: true, at: 30 * time.Second},
+		{name: "slowly", bytes: 256, pause: time.Second, size: 1 << 20, took: 4096 * time.Second},
+		{name: "in pieces", bytes: 4 << 10, pause: 29 * time.Second, size: 1 << 20, took: 256 * 29 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := New(Config{StallTimeout: 30 * time.Second, Environment: noProxy})
+				ctx, cancel := context.WithCancelCause(t.Context())
+				a := &asking{route: c.route(""), ctx: ctx, cancel: cancel, trace: acproxy.Trace{{What: "image", URL: "https://example.com/"}}}
+				turn, err := c.gate.enter(ctx, asked{host: "https://example.com:443", url: "https://example.com/"}, time.Second)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b := a.body(trickle{ctx, tt.bytes, tt.pause}, turn)
+				defer b.Close()
+				began := time.Now()
+				n, err := io.CopyN(io.Discard, b, tt.size)
+				took := time.Since(began)
+				if !tt.fails {
+					if err != nil || took != tt.took {
+						t.Errorf("%d bytes in %v, %v; want all of them in %v", n, took, err, tt.took)
+					}
+					return
+				}
+				checkError(t, err, acproxy.ErrTimeout, "publisher-timeout")
+				if took != tt.at {
+					t.Errorf("it failed after %v, want %v", took, tt.at)
+				}
+			})
+		})
+	}
+}
+
+// TestStuckInAHeader: a connection on which an answer has stopped in the middle of its header is given up, and what waits there is asked again.
+func TestStuckInAHeader(t *testing.T) {
+	p, err := publisher.Start(publisher.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	p.Serve("example.com/x", "text/plain", []byte("hello"))
+	p.MisbehaveTLS("example.com", publisher.ConnFault{StallInHeader: true, Times: 1})
+	c := client(t, Config{Rules: []Rule{{RootCAs: p.CAPool()}}, Hosts: map[string]string{"example.com": p.Addr()}, StallTimeout: 2 * time.Second})
+	if _, _, err := c.Get(t.Context(), "example.com", "image", "https://example.com/x", nil); err == nil {
+		t.Error("half a header was taken for an answer")
+	}
+	resp, _, err := c.Get(t.Context(), "example.com", "image", "https://example.com/x", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, resp); got != "hello" {
+		t.Errorf("the next answer is %q", got)
+	}
 }
 
 // TestAnswerAfterCancelling: what a server answers because we hung up is no answer.
