@@ -387,8 +387,7 @@ func (p *planner) lastCopy(tx *bolt.Tx, digest acproxy.Digest) (bool, error) {
 	}
 	gone, there := false, false
 	err := scan(tx, bucketHeld, digest[:], nil, func(key, _ []byte) error {
-		var r Resolution
-		ok, err := getJSON(tx, bucketRefs, key[len(digest):], &r)
+		r, ok, err := getResolution(tx, key[len(digest):])
 		switch {
 		case !ok || r.Digest != digest:
 		case !r.Gone.IsZero():
