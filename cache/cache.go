@@ -242,10 +242,19 @@ func notHeld(digest acproxy.Digest) error {
 	return notFound("not-held", "no image with digest "+digest.String()+" is held")
 }
 
-// noSpace gives an error that comes from a full disk, or a user's exhausted quota, its kind. Others are returned as they are.
+// noSpace gives an error that comes from a disk that takes nothing more, because it is full, a user's quota is exhausted or it is read-only, its kind.
+// Others are returned as they are.
 func noSpace(err error) error {
-	if !errors.Is(err, acproxy.ErrNoSpace) && (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) {
+	switch {
+	case errors.Is(err, acproxy.ErrNoSpace):
+		return err
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: "disk-full", Detail: "the disk of the store is full: free some of it, or move the store", Err: err}
+	case errors.Is(err, syscall.EROFS):
+		return &acproxy.Error{
+			Kind: acproxy.ErrNoSpace, Code: "store-read-only", Err: err,
+			Detail: "the file system of the store is read-only, so that nothing new can be kept: make it writable again, and look for errors of its disk",
+		}
 	}
 	return err
 }

@@ -934,6 +934,16 @@ func TestDeletedAnswerDoesNotBringBackAnEarlierOne(t *testing.T) {
 }
 
 func TestFullDiskHasItsOwnError(t *testing.T) {
+	for _, tt := range []struct {
+		errno syscall.Errno
+		code  string
+	}{{syscall.ENOSPC, "disk-full"}, {syscall.EDQUOT, "disk-full"}, {syscall.EROFS, "store-read-only"}} {
+		t.Run(tt.errno.Error(), func(t *testing.T) { commitsThatFail(t, tt.errno, tt.code) })
+	}
+}
+
+// commitsThatFail makes each call of a commit fail in turn.
+func commitsThatFail(t *testing.T, errno syscall.Errno, code string) {
 	dir := t.TempDir()
 	fsys, err := durabletest.New(dir)
 	if err != nil {
@@ -956,13 +966,13 @@ func TestFullDiskHasItsOwnError(t *testing.T) {
 		}
 	}
 	for at, call := range calls {
-		fsys.Break(at+1, durabletest.Fail, syscall.ENOSPC)
+		fsys.Break(at+1, durabletest.Fail, errno)
 		err := cachetest.Commit(t.Context(), d, img)
 		if strings.HasPrefix(call, "open") {
 			continue
 		}
-		if !errors.Is(err, acproxy.ErrNoSpace) {
-			t.Errorf("%s fails: Commit = %v, want ErrNoSpace", call, err)
+		if !errors.Is(err, acproxy.ErrNoSpace) || acproxy.Code(err) != code {
+			t.Errorf("%s fails: Commit = %v with code %q, want ErrNoSpace with %q", call, err, acproxy.Code(err), code)
 		}
 		if _, _, err := d.Resolve(t.Context(), img.Refs[0].Ref); !errors.Is(err, acproxy.ErrNotFound) {
 			t.Errorf("%s fails: Resolve = %v, want ErrNotFound", call, err)
