@@ -41,7 +41,10 @@ func Open(name string, opts Options) (*File, error) {
 		opts.MaxFiles = DefaultMaxFiles
 	}
 	f := &File{name: name, opts: opts}
-	return f, f.open()
+	if err := f.open(); err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 func (f *File) open() error {

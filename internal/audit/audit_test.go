@@ -3,7 +3,9 @@ package audit
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -48,6 +50,13 @@ func TestAppendGoesOnAfterReopening(t *testing.T) {
 	}
 	if got := fmt.Sprint(read(t, name)); got != "[0 1 2]" {
 		t.Errorf("the file holds %v", got)
+	}
+}
+
+func TestOpenReturnsNothingWithAnError(t *testing.T) {
+	f, err := Open(filepath.Join(t.TempDir(), "missing", "audit.log"), Options{})
+	if !errors.Is(err, fs.ErrNotExist) || f != nil {
+		t.Errorf("Open in a directory that is missing = %v, %v", f, err)
 	}
 }
 
