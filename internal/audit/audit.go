@@ -24,11 +24,12 @@ const (
 
 // A File is an audit file. It is safe for concurrent use.
 type File struct {
-	name string
-	opts Options
+	name     string
+	opts     Options
+	openFile func(name string, flag int, perm fs.FileMode) (*os.File, error) // os.OpenFile
 
 	mu   sync.Mutex
-	file *os.File
+	file *os.File // nil while it couldn't be opened
 	size int64
 }
 
@@ -40,7 +41,7 @@ func Open(name string, opts Options) (*File, error) {
 	if opts.MaxFiles == 0 {
 		opts.MaxFiles = DefaultMaxFiles
 	}
-	f := &File{name: name, opts: opts}
+	f := &File{name: name, opts: opts, openFile: os.OpenFile}
 	if err := f.open(); err != nil {
 		return nil, err
 	}
@@ -48,7 +49,7 @@ func Open(name string, opts Options) (*File, error) {
 }
 
 func (f *File) open() error {
-	file, err := os.OpenFile(f.name, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+	file, err := f.openFile(f.name, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
 	if err != nil {
 		return fmt.Errorf("opening the audit: %w", err)
 	}
@@ -70,6 +71,11 @@ func (f *File) Append(value any) error {
 	line = append(line, '\n')
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.file == nil {
+		if err := f.open(); err != nil {
+			return err
+		}
+	}
 	if f.size > 0 && f.size+int64(len(line)) > f.opts.MaxSize {
 		if err := f.rotate(); err != nil {
 			return err
@@ -89,10 +95,17 @@ func (f *File) Append(value any) error {
 	return nil
 }
 
-// rotate puts the file aside as NAME.1, and those put aside before one further. f.mu is held.
+// rotate puts the file aside as NAME.1, and those put aside before one further, up to the first number that is free: what went wrong halfway is gone on
+// with, and doesn't push out one more file each time. f.mu is held.
 func (f *File) rotate() error {
 	aside := func(i int) string { return fmt.Sprintf("%s.%d", f.name, i) }
-	for i := f.opts.MaxFiles - 1; i > 0; i-- {
+	free := 1
+	for ; free < f.opts.MaxFiles; free++ {
+		if _, err := os.Lstat(aside(free)); errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+	}
+	for i := free - 1; i > 0; i-- {
 		if err := os.Rename(aside(i), aside(i+1)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("rotating the audit: %w", err)
 		}
@@ -101,15 +114,16 @@ func (f *File) rotate() error {
 		return fmt.Errorf("rotating the audit: %w", err)
 	}
 	old := f.file
-	if err := f.open(); err != nil {
-		return err
-	}
-	return old.Close()
+	f.file = nil
+	return errors.Join(f.open(), old.Close())
 }
 
 // Close closes the file.
 func (f *File) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.file == nil {
+		return nil
+	}
 	return f.file.Close()
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -115,5 +116,38 @@ func TestConcurrentLinesStayWhole(t *testing.T) {
 	}
 	if len(seen) != 800 {
 		t.Errorf("%d lines were found again, want 800", len(seen))
+	}
+}
+
+// TestTroubleInRotationLosesNoFiles has a new file not open for a while: those put aside stay, and what is appended later is there.
+func TestTroubleInRotationLosesNoFiles(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "audit.log")
+	// One line each.
+	f, err := Open(name, Options{MaxSize: 8, MaxFiles: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 {
+		if err := f.Append(line{i}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.openFile = func(string, int, fs.FileMode) (*os.File, error) { return nil, syscall.EMFILE }
+	for range 5 {
+		if err := f.Append(line{9}); !errors.Is(err, syscall.EMFILE) {
+			t.Errorf("Append without a file = %v, want EMFILE", err)
+		}
+	}
+	f.openFile = os.OpenFile
+	if err := f.Append(line{4}); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]string{name: "[4]", name + ".1": "[3]", name + ".2": "[2]", name + ".3": "[1]"} {
+		if got := fmt.Sprint(read(t, file)); got != want {
+			t.Errorf("%s holds %s, want %s", file, got, want)
+		}
 	}
 }
