@@ -275,12 +275,15 @@ func (d *Disk) lockDir() error {
 		return errors.Join(fmt.Errorf("process %s has it open: stop that one first, or use another directory", orUnknown(pid)), f.Close())
 	}
 	d.lock = f
-	// The number is for people; the lock does without.
-	if err := f.Truncate(0); err != nil {
-		return err
+	// The number is for people; the lock does without, as it has to where the disk is full.
+	err = f.Truncate(0)
+	if err == nil {
+		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
-	_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	return err
+	if err != nil {
+		d.log.Warn("noting which process has the store open", "file", f.Name(), "err", err)
+	}
+	return nil
 }
 
 func orUnknown(pid []byte) string {

@@ -991,6 +991,21 @@ func commitsThatFail(t *testing.T, errno syscall.Errno, code string) {
 	}
 }
 
+// TestFullDiskKeepsNoStoreClosed has the lock be a file that takes not a byte: the number of the process is for people only.
+func TestFullDiskKeepsNoStoreClosed(t *testing.T) {
+	const full = "/dev/full"
+	if _, err := os.Stat(full); err != nil {
+		t.Skip(err)
+	}
+	dir := t.TempDir()
+	if err := os.Symlink(full, filepath.Join(dir, "lock")); err != nil {
+		t.Fatal(err)
+	}
+	d := open(t, dir, cache.Options{})
+	fill(t, d, library())
+	checkAll(t, d, library())
+}
+
 func TestCorruptedCommitHealsOldBytes(t *testing.T) {
 	dir := t.TempDir()
 	d := open(t, dir, cache.Options{})
