@@ -370,7 +370,7 @@ func (d *Disk) flusher() {
 	for {
 		select {
 		case <-tock.C:
-			if k := d.knowledge(); k.settled {
+			if k := d.knowledge(); k.settled && !d.readOnly {
 				d.keepRefs(d.ctx, k.ix)
 			}
 		case <-tick.C:
@@ -394,7 +394,7 @@ func (d *Disk) flush() error {
 	touched := d.touched
 	d.touched, d.beingFlushed = make(map[acproxy.Digest]time.Time), touched
 	d.mu.Unlock()
-	if len(touched) == 0 {
+	if len(touched) == 0 || d.readOnly {
 		return nil
 	}
 	err := d.update(func(tx *bolt.Tx) error {

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -89,6 +90,7 @@ type Disk struct {
 	idle         bool
 	tellEvicted  func(Eviction)
 	lock         *os.File
+	readOnly     bool // the directory was on a read-only file system when it was opened
 
 	// ctx is the life of the background work; Close cancels it and waits for wg.
 	ctx    context.Context
@@ -132,6 +134,9 @@ var _ Store = (*Disk)(nil)
 // Open opens the store in a directory, and makes it if there is none. It returns without having looked at the images, however many; what it
 // finds out about them behind, it says in the log. A directory that another process has open, or that a newer version of acproxy has written,
 // is an error that says so. The caller closes it.
+//
+// What is in a store on a read-only file system can be read, if its index is in order; all that would change it is an error matching
+// [acproxy.ErrNoSpace], also when the file system can be written again.
 func Open(dir string, opts Options) (*Disk, error) {
 	d := &Disk{
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
@@ -264,6 +269,10 @@ func (d *Disk) temp() string { return d.path(partialDir, rand.Text()) }
 // lockDir makes sure that no other process works in the directory. The lock ends with the process, however it ends.
 func (d *Disk) lockDir() error {
 	f, err := os.OpenFile(d.path(lockFile), os.O_RDWR|os.O_CREATE, filePerm)
+	if errors.Is(err, syscall.EROFS) {
+		d.readOnly = true
+		f, err = os.Open(d.path(lockFile))
+	}
 	if err != nil {
 		return err
 	}
@@ -275,6 +284,10 @@ func (d *Disk) lockDir() error {
 		return errors.Join(fmt.Errorf("process %s has it open: stop that one first, or use another directory", orUnknown(pid)), f.Close())
 	}
 	d.lock = f
+	if d.readOnly {
+		d.log.Error("the store is on a read-only file system: what is held is served, and nothing new is kept", "dir", d.dir)
+		return nil
+	}
 	// The number is for people; the lock does without, as it has to where the disk is full.
 	err = f.Truncate(0)
 	if err == nil {
@@ -314,6 +327,9 @@ func (d *Disk) layOut() error {
 		if err := d.fsys.MkdirAll(d.path(dir), dirPerm); err != nil {
 			return err
 		}
+	}
+	if d.readOnly && !made {
+		return nil
 	}
 	if err := d.fsys.SyncDir(d.dir); err != nil {
 		return err
@@ -450,6 +466,13 @@ func (d *Disk) settle(ix *index) error {
 	start := d.now()
 	if err := ix.verify(d.ctx); err != nil {
 		return err
+	}
+	if d.readOnly {
+		if !complete {
+			d.log.Error("the index doesn't name all that is held, and can't be written: what it doesn't name is not served")
+		}
+		d.announce(ix, true, true)
+		return nil
 	}
 	if !complete || unclean {
 		if err := d.sweep(ix, complete); err != nil {
@@ -622,7 +645,7 @@ func (d *Disk) Close() error {
 	d.wg.Wait()
 	ix := d.index()
 	var err error
-	if settled {
+	if settled && !d.readOnly {
 		ctx, cancel := context.WithTimeout(context.Background(), maxKeepRefs)
 		d.keepRefs(ctx, ix)
 		cancel()

@@ -141,7 +141,7 @@ func (d *Disk) makeRoom() {
 			d.space.settle(p, d.roomFor(p))
 			continue
 		}
-		if d.idle {
+		if d.idle || d.readOnly {
 			return
 		}
 		d.space.mu.Lock()

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	bolt "go.etcd.io/bbolt"
@@ -103,9 +104,14 @@ func openIndex(path string, memory *memory, space *space, maxMapped int64) (*ind
 		}
 	}()
 	err = x.guard(func() error {
-		x.db, err = bolt.Open(path, filePerm, &bolt.Options{
+		options := &bolt.Options{
 			Timeout: openTimeout, FreelistType: bolt.FreelistMapType, InitialMmapSize: max(minMap, 2*int(size)), NoStatistics: true,
-		})
+		}
+		x.db, err = bolt.Open(path, filePerm, options)
+		if errors.Is(err, syscall.EROFS) {
+			options.ReadOnly = true
+			x.db, err = bolt.Open(path, filePerm, options)
+		}
 		return err
 	})
 	switch {
@@ -324,6 +330,9 @@ func (x *index) update(change func(*bolt.Tx) error, effects ...effect) error {
 
 // commit is update for a change that says what it means for the space that is taken.
 func (x *index) commit(w *write) error {
+	if x.db.IsReadOnly() {
+		return noSpace(syscall.EROFS)
+	}
 	w.done = make(chan error, 1)
 	select {
 	case x.writes <- w:

@@ -129,6 +129,9 @@ func (d *Disk) clean(leftovers []fs.DirEntry) {
 		close(d.cleaned)
 		d.space.counted(func() {})
 	}()
+	if d.readOnly {
+		return
+	}
 	for _, entry := range leftovers {
 		path := d.path(partialDir, entry.Name())
 		if strings.HasSuffix(entry.Name(), partialExt) && d.readopt(path) {

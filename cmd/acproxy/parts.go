@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/acproxy/acproxy/cache"
@@ -220,7 +221,8 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 	if p.ca, err = loadCA(cfg); err != nil {
 		return p, err
 	}
-	if err := os.MkdirAll(filepath.Join(cfg.Trust.LocalDir, "prefix.d"), 0o755); err != nil {
+	// On a read-only file system there are no keys to come.
+	if err := os.MkdirAll(filepath.Join(cfg.Trust.LocalDir, "prefix.d"), 0o755); err != nil && !errors.Is(err, syscall.EROFS) {
 		return p, err
 	}
 	if p.keys, err = trust.Open(trustDirs(cfg)); err != nil {

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -138,6 +139,10 @@ func (n *running) open(cfg *config.Config, log, access *slog.Logger) error {
 		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() },
 		Publishers: n.parts.web.Hosts, Log: log,
 	})
+	if errors.Is(err, syscall.EROFS) {
+		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
+		return nil
+	}
 	return err
 }
 

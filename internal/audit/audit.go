@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"syscall"
 )
 
 // Options says how long the audit is.
@@ -33,7 +34,8 @@ type File struct {
 	size int64
 }
 
-// Open opens an audit file for appending, and makes it, readable by its owner and group, if it isn't there. The caller closes it.
+// Open opens an audit file for appending, and makes it, readable by its owner and group, if it isn't there. On a read-only file system that is left to
+// Append. The caller closes it.
 func Open(name string, opts Options) (*File, error) {
 	if opts.MaxSize == 0 {
 		opts.MaxSize = DefaultMaxSize
@@ -42,7 +44,7 @@ func Open(name string, opts Options) (*File, error) {
 		opts.MaxFiles = DefaultMaxFiles
 	}
 	f := &File{name: name, opts: opts, openFile: os.OpenFile}
-	if err := f.open(); err != nil {
+	if err := f.open(); err != nil && !errors.Is(err, syscall.EROFS) {
 		return nil, err
 	}
 	return f, nil
