@@ -3,7 +3,6 @@ package fetch
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -77,8 +76,7 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 	ref, name := fl.ref, fl.ref.Name()
 	key := name + " " + source
 	if signature != nil {
-		sum := sha256.Sum256(signature)
-		key = name + " " + hex.EncodeToString(sum[:])
+		key = signedKey(name, sha256.Sum256(signature))
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -103,6 +101,9 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 	f.downloads[key] = d
 	return d, true, nil
 }
+
+// signedKey returns the key of the download of a signed image.
+func signedKey(name string, signature acproxy.Digest) string { return name + " " + signature.Hex() }
 
 // add lets another ref wait for the download. It reports false if the verdict is there already, or is sure to be bad for the refs that wait and
 // might be good for this one.

@@ -464,8 +464,8 @@ func (f *Fetcher) takeUp(d *download, partial *cache.Partial, trace *acproxy.Tra
 	return resp, nil
 }
 
-// ResumeDownloads asks for the images that were arriving when the last process ended, so that nobody has to wait for them who has seen them begin. It
-// returns as soon as they are being asked for.
+// ResumeDownloads asks for the images that were arriving when the last process ended, so that nobody has to wait for them who has seen them begin. What has
+// arrived of an image that is held by now is removed. It returns as soon as they are being asked for.
 func (f *Fetcher) ResumeDownloads(ctx context.Context) error {
 	arrivals, err := f.cfg.Store.Arrivals(ctx)
 	if err != nil {
@@ -473,17 +473,37 @@ func (f *Fetcher) ResumeDownloads(ctx context.Context) error {
 	}
 	for _, arrival := range arrivals {
 		ref := arrival.Ref
-		if ref.IsZero() || f.allowed(ref.Name()) != nil || f.policy(ref.Name()).Offline {
+		if ref.IsZero() {
 			continue
 		}
 		// What is held for a ref is refreshed, and still answered with.
-		held, _, err := f.cfg.Store.Resolve(ctx, ref)
-		if err != nil && !errors.Is(err, acproxy.ErrNotFound) {
+		held, rec, err := f.cfg.Store.Resolve(ctx, ref)
+		switch {
+		case err != nil && !errors.Is(err, acproxy.ErrNotFound):
 			return err
+		case err == nil && rec.Signed && arrival.Key == signedKey(ref.Name(), rec.SignatureDigest):
+			if err := f.drop(ctx, arrival); err != nil {
+				return err
+			}
+			continue
+		case f.allowed(ref.Name()) != nil, f.policy(ref.Name()).Offline:
+			continue
 		}
 		f.join(Request{Ref: ref}, held.Digest)
 	}
 	return nil
+}
+
+// drop removes what has arrived of an image.
+func (f *Fetcher) drop(ctx context.Context, arrival cache.Arrival) error {
+	partial, err := f.cfg.Store.Resume(ctx, arrival.Key)
+	if errors.Is(err, acproxy.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return partial.Discard()
 }
 
 // get asks for the image of a download, unless something went wrong before.

@@ -359,6 +359,47 @@ func TestDownloadsAreTakenUpAtTheStart(t *testing.T) {
 	s.idle()
 }
 
+// TestWhatHasArrivedOfAHeldImageIsRemoved has a disk that didn't let a partial file be removed when its image was fetched after all: the next start does,
+// and asks nobody.
+func TestWhatHasArrivedOfAHeldImageIsRemoved(t *testing.T) {
+	s := newScene(t)
+	blob := s.publish(spec("1.0", badSize))
+	stall := s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{StallAfter: publisher.At(badSize / 2), Times: 1})
+	im, err := s.f.Image(t.Context(), Request{Ref: s.app("1.0")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	s.wait("the stall", stall.Stalled())
+	s.received(im.download, badSize/2)
+	s.close()
+	stall.End()
+	partial := filepath.Join(s.dir, "partial")
+	if err := os.CopyFS(partial+".left", os.DirFS(partial)); err != nil {
+		t.Fatal(err)
+	}
+	s.open()
+	s.want(s.app("1.0"), blob, Miss)
+	s.idle()
+	s.close()
+	if err := os.CopyFS(partial, os.DirFS(partial+".left")); err != nil {
+		t.Fatal(err)
+	}
+	s.open()
+	s.noDial = true
+	if arrivals, err := s.store.Arrivals(t.Context()); err != nil || len(arrivals) != 1 {
+		t.Fatalf("Arrivals = %v, %v, want one", arrivals, err)
+	}
+	if err := s.f.ResumeDownloads(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.idle()
+	s.want(s.app("1.0"), blob, Hit)
+	if left, err := os.ReadDir(partial); err != nil || len(left) != 0 {
+		t.Errorf("left over are %v, %v", left, err)
+	}
+}
+
 func TestContentRange(t *testing.T) {
 	for _, test := range []struct {
 		header             string
