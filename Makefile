@@ -6,7 +6,7 @@ FUZZTIME ?= 30s
 TIMEOUT  ?= 10m
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-compare run demo profile generate check
+.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-peers bench-compare run demo profile generate check
 
 help: ## show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
@@ -36,8 +36,12 @@ fuzz: ## run each fuzz target for FUZZTIME (30s)
 bench: ## the benchmarks, six times each: make bench > new.txt
 	@$(GO) test -run '^$$' -bench . -benchmem -count 6 ./...
 
-bench-verify: ## verification side by side with gpg and with a proxy that verifies nothing: ARGS="-rounds 5 verify cold"
-	@$(GO) run ./test/bench $(ARGS)
+bench-verify: ## verification side by side with gpg and with proxies that verify nothing: ARGS="-rounds 5 verify cold"
+	@$(GO) run ./test/bench -group verify $(ARGS)
+
+bench-peers: ## serving side by side with nginx, varnish and others: table, dist/peers.json, dist/peers.svg; ARGS="-rounds 3 page herd/64"
+	@mkdir -p dist
+	@$(GO) run ./test/bench -group peers -json dist/peers.json -svg dist/peers.svg $(ARGS)
 
 bench-compare: ## compare two runs of them: make bench-compare OLD=old.txt NEW=new.txt
 	$(TOOL) benchstat $(OLD) $(NEW)
