@@ -43,7 +43,7 @@ var layers = map[string][]string{
 	// What stands on them.
 	"internal/server":  {".", "discovery", "trust", "fetch", "internal/aci", "internal/memo"},
 	"internal/admin":   {".", "cache", "internal/web"},
-	"internal/metrics": {".", "trust", "fetch", "internal/web"},
+	"internal/metrics": {".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {

@@ -29,7 +29,7 @@ func openStore(cfg *config.Config) (admin.Store, func() error, error) {
 		return nil, nil, err
 	}
 	// Nothing is dialled: all that is wanted of the parts is the store and what they say of its images.
-	p, err := newParts(cfg, slog.New(slog.DiscardHandler))
+	p, err := newParts(cfg, slog.New(slog.DiscardHandler), true)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -206,8 +206,24 @@ func (p *parts) decided(d fetch.Decision) {
 	}
 }
 
-// newParts opens everything. close closes it.
-func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
+// evicted is told of everything that had to go for space.
+func (p *parts) evicted(e cache.Eviction) {
+	p.metrics.Evicted(e)
+	if e.Record != nil {
+		p.decided(fetch.Evicted(e, time.Now()))
+	}
+}
+
+// quota returns how much space the store may take.
+func quota(cfg *config.Config) cache.Quota {
+	c := cfg.Cache
+	return cache.Quota{
+		MaxSize: int64(c.MaxSize), MinFree: int64(c.MinFree), High: c.High, Low: c.Low, Grace: orNone[time.Duration](c.Grace), LastCopies: c.EvictLastCopies,
+	}
+}
+
+// newParts opens everything. close closes it. With idle it is to be looked into: nothing is evicted by itself.
+func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err error) {
 	p = &parts{cfg: cfg, log: log, via: "acproxy-" + strings.ToLower(rand.Text()[:12]), metrics: metrics.New(buildVersion())}
 	defer func() {
 		if err != nil {
@@ -237,6 +253,7 @@ func newParts(cfg *config.Config, log *slog.Logger) (p *parts, err error) {
 	p.metrics.Publishers(p.web.Hosts)
 	p.store, err = cache.Open(storeDir(cfg), cache.Options{
 		FlushEvery: time.Duration(cfg.Cache.AccessFlush), KeepPartials: orNone[time.Duration](cfg.Cache.KeepPartials), Log: log,
+		Quota: quota(cfg), Idle: idle, Evicted: p.evicted,
 	})
 	if err != nil {
 		return p, err

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
 	"github.com/acproxy/acproxy/test/publisher"
 	"github.com/acproxy/acproxy/trust/trusttest"
@@ -44,13 +46,15 @@ func TestMain(m *testing.M) {
 //	exit CODE COMMAND…                         runs a command, which has to end with that exit code
 //	flip FILE                                  changes one bit in the middle of a file
 //	mode MODE FILE                             checks a file's permissions
+//	digest NAME FILE                           makes $NAME the digest of a file
+//	append FILE FROM                           adds the content of one file to the end of another
 func TestScript(t *testing.T) {
 	runScripts(t, func(name string) bool { return !strings.HasPrefix(name, "trust_") }, testscript.Params{
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"key": cmdKey, "image": cmdImage, "publisher": cmdPublisher, "serve": cmdServe, "get": cmdGet, "stop": cmdStop,
-			"exit": cmdExit, "flip": cmdFlip, "mode": cmdMode,
+			"digest": cmdDigest, "append": cmdAppend, "exit": cmdExit, "flip": cmdFlip, "mode": cmdMode,
 		},
 	})
 }
@@ -134,6 +138,16 @@ func cmdKey(ts *testscript.TestScript, neg bool, args []string) {
 	write(ts, args[0]+".asc", key.Armored())
 	write(ts, args[0]+"-secret.asc", key.SecretArmored())
 	ts.Setenv(args[0], key.Fingerprint())
+}
+
+func cmdDigest(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, !neg && len(args) == 2, "digest NAME FILE")
+	ts.Setenv(args[0], acproxy.Digest(sha256.Sum256([]byte(ts.ReadFile(args[1])))).String())
+}
+
+func cmdAppend(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, !neg && len(args) == 2, "append FILE FROM")
+	write(ts, args[0], []byte(ts.ReadFile(args[0])+ts.ReadFile(args[1])))
 }
 
 func labelsOf(version string) map[string]string {

@@ -94,7 +94,7 @@ type bound struct {
 
 // start opens everything and listens. It returns once all listeners accept connections. access gets a line for each request, unless it is nil.
 func start(cfg *config.Config, log, access *slog.Logger) (*running, error) {
-	p, err := newParts(cfg, log)
+	p, err := newParts(cfg, log, false)
 	if err != nil {
 		return nil, err
 	}

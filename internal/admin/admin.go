@@ -39,6 +39,13 @@ type Store interface {
 	Refusals() ([]cache.Refused, error)
 	// Usage returns the space that the store takes.
 	Usage() (cache.Usage, error)
+	// PlanEviction says what would be evicted to come down to a number of bytes on the disk, and what not and why; less than 0 means the low
+	// watermark.
+	PlanEviction(ctx context.Context, target int64) (cache.Plan, error)
+	// Evict evicts that.
+	Evict(ctx context.Context, target int64) (cache.Freed, error)
+	// Pin keeps an image from being evicted, or lets it be again. It returns an error matching [acproxy.ErrNotFound] if it isn't held.
+	Pin(ctx context.Context, digest acproxy.Digest, pinned bool) error
 }
 
 var (
@@ -77,6 +84,14 @@ func (j Judged) Record(digest acproxy.Digest) (cache.Record, error) {
 func (j Judged) ByImageID(digits string) ([]cache.Record, error) {
 	records, err := j.Disk.ByImageID(digits)
 	return j.judge(records), err
+}
+
+// Pin implements [Store].
+func (j Judged) Pin(ctx context.Context, digest acproxy.Digest, pinned bool) error {
+	return j.Update(ctx, digest, func(rec *cache.Record) error {
+		rec.Pinned = pinned
+		return nil
+	})
 }
 
 func (j Judged) judge(records []cache.Record) []cache.Record {
@@ -158,8 +173,8 @@ func handler(o Options) http.Handler {
 		o.ReloadKeys()
 		w.WriteHeader(http.StatusNoContent)
 	})
-	get := func(path string, answer func(r *http.Request) (any, error)) {
-		router.Path(api + path).Methods(http.MethodGet).HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	handle := func(method, path string, answer func(r *http.Request) (any, error)) {
+		router.Path(api + path).Methods(method).HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			value, err := answer(r)
 			w.Header().Set("Content-Type", "application/json")
 			if err != nil {
@@ -170,6 +185,7 @@ func handler(o Options) http.Handler {
 			_ = json.NewEncoder(w).Encode(value)
 		})
 	}
+	get := func(path string, answer func(r *http.Request) (any, error)) { handle(http.MethodGet, path, answer) }
 	get("images", func(r *http.Request) (any, error) {
 		q := r.URL.Query()
 		limit, err := strconv.Atoi(q.Get("limit"))
@@ -198,7 +214,46 @@ func handler(o Options) http.Handler {
 	get("refusals", func(*http.Request) (any, error) { return store.Refusals() })
 	get("publishers", func(*http.Request) (any, error) { return o.Publishers(), nil })
 	get("usage", func(*http.Request) (any, error) { return store.Usage() })
+	get("gc", func(r *http.Request) (any, error) {
+		target, err := targetOf(r)
+		if err != nil {
+			return nil, err
+		}
+		return store.PlanEviction(r.Context(), target)
+	})
+	handle(http.MethodPost, "gc", func(r *http.Request) (any, error) {
+		target, err := targetOf(r)
+		if err != nil {
+			return nil, err
+		}
+		return store.Evict(r.Context(), target)
+	})
+	for method, pinned := range map[string]bool{http.MethodPut: true, http.MethodDelete: false} {
+		handle(method, "images/{digest}/pin", func(r *http.Request) (any, error) {
+			digest, err := acproxy.ParseDigest(mux.Vars(r)["digest"])
+			if err != nil {
+				return nil, err
+			}
+			if err := store.Pin(r.Context(), digest, pinned); err != nil {
+				return nil, err
+			}
+			return store.Record(digest)
+		})
+	}
 	return router
+}
+
+// targetOf reads the bytes that a request wants the store to come down to.
+func targetOf(r *http.Request) (int64, error) {
+	text := r.URL.Query().Get("target")
+	if text == "" {
+		return -1, nil
+	}
+	target, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || target < 0 {
+		return 0, acproxy.Invalid("target %.32q is not a number of bytes", text)
+	}
+	return target, nil
 }
 
 type failure struct {
@@ -236,7 +291,16 @@ func Dial(path string) (*Client, error) {
 }
 
 func (c *Client) get(path string, value any) error {
-	resp, err := c.http.Get("http://acproxy" + api + path)
+	return c.do(context.Background(), http.MethodGet, path, value)
+}
+
+// do asks for something and reads the answer into value.
+func (c *Client) do(ctx context.Context, method, path string, value any) error {
+	req, err := http.NewRequestWithContext(ctx, method, "http://acproxy"+api+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
 	if err != nil {
 		return err
 	}
@@ -308,4 +372,34 @@ func (c *Client) Usage() (usage cache.Usage, err error) {
 func (c *Client) Publishers() (hosts []web.HostState, err error) {
 	err = c.get("publishers", &hosts)
 	return hosts, err
+}
+
+// PlanEviction is [Store.PlanEviction] of the server.
+func (c *Client) PlanEviction(ctx context.Context, target int64) (plan cache.Plan, err error) {
+	err = c.do(ctx, http.MethodGet, "gc"+targetQuery(target), &plan)
+	return plan, err
+}
+
+// Evict is [Store.Evict] of the server. It may take long, and ends with ctx.
+func (c *Client) Evict(ctx context.Context, target int64) (freed cache.Freed, err error) {
+	patient := Client{&http.Client{Transport: c.http.Transport}}
+	err = patient.do(ctx, http.MethodPost, "gc"+targetQuery(target), &freed)
+	return freed, err
+}
+
+func targetQuery(target int64) string {
+	if target < 0 {
+		return ""
+	}
+	return "?target=" + strconv.FormatInt(target, 10)
+}
+
+// Pin is [Store.Pin] of the server.
+func (c *Client) Pin(ctx context.Context, digest acproxy.Digest, pinned bool) error {
+	method := http.MethodDelete
+	if pinned {
+		method = http.MethodPut
+	}
+	var rec cache.Record
+	return c.do(ctx, method, "images/"+digest.String()+"/pin", &rec)
 }

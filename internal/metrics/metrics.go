@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -18,6 +19,8 @@ type Metrics struct {
 	decisions   *prometheus.CounterVec
 	rktRefusals prometheus.Counter
 	distrusted  prometheus.Gauge
+	evictions   *prometheus.CounterVec
+	evicted     *prometheus.CounterVec
 }
 
 // New returns counters at zero.
@@ -26,7 +29,7 @@ func New(version string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "acproxy_decisions_total",
-			Help: "Decisions about images, by event (accepted, refused, quarantined, restored, inspected, passed) and outcome (trust's word for the verdict, or another reason).",
+			Help: "Decisions about images, by event (accepted, refused, quarantined, restored, inspected, passed, evicted, damaged) and outcome (trust's word for the verdict, or another reason).",
 		}, []string{"event", "outcome"}),
 		rktRefusals: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "acproxy_accepted_rkt_refuses_total",
@@ -36,6 +39,18 @@ func New(version string) *Metrics {
 			Name: "acproxy_images_distrusted",
 			Help: "Held images that are not served because of what the keys and policies say now.",
 		}),
+		evictions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_evictions_total",
+			Help: "What was evicted, by kind (partial, set-aside, quarantined, image) and reason (needed, high-watermark, disk-full, asked).",
+		}, []string{"kind", "reason"}),
+		evicted: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_evicted_bytes_total",
+			Help: "Bytes of what was evicted, by kind and reason.",
+		}, []string{"kind", "reason"}),
+	}
+	for _, reason := range []string{cache.ReasonNeeded, cache.ReasonHigh, cache.ReasonDiskFull, cache.ReasonAsked} {
+		m.evictions.WithLabelValues(cache.EvictImage, reason)
+		m.evicted.WithLabelValues(cache.EvictImage, reason)
 	}
 	for _, outcome := range trust.Outcomes() {
 		event := fetch.EventRefused
@@ -49,7 +64,7 @@ func New(version string) *Metrics {
 		Name: "acproxy_build_info", Help: "Which acproxy this is; always 1.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	info.Set(1)
-	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -59,6 +74,12 @@ func (m *Metrics) Decided(d fetch.Decision) {
 	if d.Event == fetch.EventAccepted && d.RktWarning != "" {
 		m.rktRefusals.Inc()
 	}
+}
+
+// Evicted counts an eviction.
+func (m *Metrics) Evicted(e cache.Eviction) {
+	m.evictions.WithLabelValues(e.Kind, e.Reason).Inc()
+	m.evicted.WithLabelValues(e.Kind, e.Reason).Add(float64(e.Bytes))
 }
 
 // Rejudged notes how many held images the keys don't accept.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 )
 
@@ -46,5 +47,14 @@ func TestDecisionsAreCounted(t *testing.T) {
 		if !strings.Contains(string(body), want+"\n") {
 			t.Errorf("the metrics don't say %s", want)
 		}
+	}
+}
+
+func TestEvictionsAreCounted(t *testing.T) {
+	m := New("test")
+	m.Evicted(cache.Eviction{Kind: cache.EvictImage, Reason: cache.ReasonHigh, Bytes: 4096})
+	m.Evicted(cache.Eviction{Kind: cache.EvictImage, Reason: cache.ReasonHigh, Bytes: 8192})
+	if n, bytes := testutil.ToFloat64(m.evictions.WithLabelValues("image", "high-watermark")), testutil.ToFloat64(m.evicted.WithLabelValues("image", "high-watermark")); n != 2 || bytes != 12288 {
+		t.Errorf("counted are %v evictions and %v bytes", n, bytes)
 	}
 }
