@@ -471,6 +471,9 @@ func (d *Disk) settle(ix *index) error {
 		if !complete {
 			d.log.Error("the index doesn't name all that is held, and can't be written: what it doesn't name is not served")
 		}
+		if err := d.countIndex(ix, true); err != nil {
+			return err
+		}
 		d.announce(ix, true, true)
 		return nil
 	}

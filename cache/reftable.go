@@ -141,7 +141,7 @@ func (d *Disk) keepRefs(ctx context.Context, ix *index) {
 	d.keeping.Lock()
 	defer d.keeping.Unlock()
 	changes := d.memory.refChanges.Load()
-	if changes == d.kept {
+	if changes == d.kept || d.readOnly {
 		return
 	}
 	err := d.writeRefs(ctx, ix)
