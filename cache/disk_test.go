@@ -991,6 +991,58 @@ func commitsThatFail(t *testing.T, errno syscall.Errno, code string) {
 	}
 }
 
+// TestTroubleInResumingSaysWhy has the file of what has arrived not open. If that says nothing about the file, it can be had later.
+func TestTroubleInResumingSaysWhy(t *testing.T) {
+	for _, tt := range []struct {
+		errno syscall.Errno
+		kind  error // the other error's
+		kept  bool
+	}{{syscall.EROFS, acproxy.ErrNoSpace, true}, {syscall.EMFILE, nil, true}, {syscall.EIO, nil, false}} {
+		t.Run(tt.errno.Error(), func(t *testing.T) {
+			dir := t.TempDir()
+			fsys, err := durabletest.New(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := open(t, dir, cache.Options{FS: fsys})
+			p, err := d.Begin(t.Context(), cache.Arrival{Key: "a", Size: 10})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := p.Write([]byte("half ")); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.Suspend(); err != nil {
+				t.Fatal(err)
+			}
+			before, err := d.Usage()
+			if err != nil {
+				t.Fatal(err)
+			}
+			fsys.Break(1, durabletest.Fail, tt.errno)
+			if _, err := d.Resume(t.Context(), "a"); !errors.Is(err, tt.errno) || acproxy.KindOf(err) != tt.kind {
+				t.Errorf("Resume = %v of kind %v, want %v of kind %v", err, acproxy.KindOf(err), tt.errno, tt.kind)
+			}
+			p, err = d.Resume(t.Context(), "a")
+			if !tt.kept {
+				if left := names(t, dir, "partial"); !errors.Is(err, acproxy.ErrNotFound) || len(left) != 0 {
+					t.Errorf("Resume = %v, and left are %v", err, left)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := p.Suspend(); err != nil {
+				t.Fatal(err)
+			}
+			if after, err := d.Usage(); err != nil || after.Partials != before.Partials || after.Promised != before.Promised {
+				t.Errorf("Usage = %+v, %v, and was %+v", after, err, before)
+			}
+		})
+	}
+}
+
 // TestFullDiskKeepsNoStoreClosed has the lock be a file that takes not a byte: the number of the process is for people only.
 func TestFullDiskKeepsNoStoreClosed(t *testing.T) {
 	const full = "/dev/full"

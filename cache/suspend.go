@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -44,18 +45,29 @@ func (d *Disk) Resume(ctx context.Context, key string) (*Partial, error) {
 	d.space.arriving[p] = struct{}{}
 	d.space.mu.Unlock()
 	if err := p.promise(max(s.size, s.arrival.Size)); err != nil {
-		p.detach(s.bytes())
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.suspended[key] = s
+		p.putBack(s)
 		return nil, err
 	}
-	if p.file, err = d.fsys.OpenFile(s.path); err != nil {
+	switch p.file, err = d.fsys.OpenFile(s.path); {
+	case err == nil:
+		return p, p.register()
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.EROFS):
+		// That says nothing of the file. It can be had another time.
+		p.putBack(s)
+	default:
 		err = errors.Join(err, d.removePartial(s.path))
 		p.forgo()
-		return nil, fmt.Errorf("resuming an image: %w", err)
 	}
-	return p, p.register()
+	return nil, fmt.Errorf("resuming an image: %w", noSpace(err))
+}
+
+// putBack makes what was taken up something that can be resumed again.
+func (p *Partial) putBack(s suspended) {
+	d := p.disk
+	d.space.add(-p.detach(s.bytes()))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.suspended[s.arrival.Key] = s
 }
 
 // Arrivals implements [Store].
