@@ -1043,6 +1043,38 @@ func TestTroubleInResumingSaysWhy(t *testing.T) {
 	}
 }
 
+// TestLossThatCantBeNotedIsNoAbsence has a blob be gone, and the store not be able to note that: to say that there is no such image would be wrong.
+func TestLossThatCantBeNotedIsNoAbsence(t *testing.T) {
+	for _, spoil := range []struct {
+		name string
+		do   func(path string) error
+	}{{"missing", os.Remove}, {"cut", func(path string) error { return os.Truncate(path, 3) }}} {
+		t.Run(spoil.name, func(t *testing.T) {
+			dir := t.TempDir()
+			fsys, err := durabletest.New(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			img := cachetest.NewImage("example.com/app", "1", 100)
+			d := open(t, dir, cache.Options{FS: fsys})
+			fill(t, d, []cachetest.Image{img})
+			if err := spoil.do(blobPath(dir, img)); err != nil {
+				t.Fatal(err)
+			}
+			fsys.Break(1, durabletest.Fail, syscall.ENOSPC)
+			if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNoSpace) || errors.Is(err, acproxy.ErrNotFound) {
+				t.Errorf("OpenBlob = %v, want ErrNoSpace", err)
+			}
+			if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+				t.Errorf("OpenBlob = %v, want ErrNotFound", err)
+			}
+			if _, _, err := d.Resolve(t.Context(), img.Refs[0].Ref); !errors.Is(err, acproxy.ErrNotFound) {
+				t.Errorf("Resolve = %v, want ErrNotFound", err)
+			}
+		})
+	}
+}
+
 // TestFullDiskKeepsNoStoreClosed has the lock be a file that takes not a byte: the number of the process is for people only.
 func TestFullDiskKeepsNoStoreClosed(t *testing.T) {
 	const full = "/dev/full"

@@ -358,15 +358,20 @@ func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		code = CodeDamaged
 		if err := d.setAside(d.blobPath(digest), err.Error()); err != nil {
-			return nil, errors.Join(gone, err)
+			return nil, fmt.Errorf("setting aside what is left of %v: %w", digest, noSpace(err))
 		}
 	}
 	lose(&img.Record, code)
 	d.log.Error("an image's bytes are lost", "digest", digest, "name", img.Record.Name, "code", code)
-	return nil, errors.Join(gone, d.on(func(ix *index) error {
+	err = d.on(func(ix *index) error {
 		_, err := d.save(ix, img)
 		return err
-	}))
+	})
+	if err != nil {
+		// Not one that says that the image isn't there: as long as the index says that it is, nobody fetches it again.
+		return nil, fmt.Errorf("noting that the bytes of %v are lost: %w", digest, err)
+	}
+	return nil, gone
 }
 
 // maxByImageID bounds what ByImageID returns.
