@@ -59,7 +59,19 @@ func (d *Disk) carryOver(ix *index) error {
 	if lost != nil {
 		d.log.Error("when images were last used, and what was refused, before the version changed, is lost", "err", lost)
 	}
-	return d.fsys.Remove(path)
+	d.measuring.RLock()
+	defer d.measuring.RUnlock()
+	bytes := int64(0)
+	if fi, err := os.Lstat(path); err == nil {
+		bytes = diskBytes(fi)
+	}
+	if err := d.fsys.Remove(path); err != nil {
+		return err
+	}
+	d.space.mu.Lock()
+	d.space.aside -= bytes
+	d.space.mu.Unlock()
+	return nil
 }
 
 // carryFrom returns as lost why the old index can't be read, and as err why the other one can't be written.
