@@ -67,13 +67,6 @@ listens on 127.0.0.1:8080, as direct URLs, as HTTP proxy and for hosts that reso
 // have collected hundreds of times a second. GOGC in the environment goes before.
 const gcPercent = 400
 
-// Limits of the listeners.
-const (
-	readHeaderTimeout = 10 * time.Second
-	idleTimeout       = 2 * time.Minute
-	maxHeaderBytes    = 64 << 10
-)
-
 // running is an acproxy that serves.
 type running struct {
 	parts    *parts
@@ -130,7 +123,7 @@ func (n *running) open(cfg *config.Config, log, access *slog.Logger) error {
 	})
 	n.work.Go(func() { n.rejudge(ctx, changed, log) })
 	for _, l := range cfg.Listen {
-		if err := n.listen(l, log); err != nil {
+		if err := n.listen(ctx, l, log); err != nil {
 			return err
 		}
 	}
@@ -188,6 +181,9 @@ func (n *running) serverConfig(cfg *config.Config, log, access *slog.Logger) ser
 	out := server.Config{
 		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
 		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, AccessLog: access, Log: log,
+		Patience: server.Patience{
+			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),
+		},
 		AllKeys: cfg.Trust.Publish == config.PublishAll, ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
 	}
 	if cfg.PublicURL != "" {
@@ -216,11 +212,9 @@ func imageHosts(hosts []string, ca *localca.CA) func(string) bool {
 }
 
 // listen opens one listener and serves it.
-func (n *running) listen(l config.Listen, log *slog.Logger) error {
-	hs := &http.Server{
-		Handler: n.server.Handler(l.Proxy), ReadHeaderTimeout: readHeaderTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}
+func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger) error {
+	hs := n.server.HTTP(l.Proxy)
+	hs.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	scheme := "http"
 	if l.TLS != config.TLSNone {
 		scheme = "https"
@@ -230,7 +224,7 @@ func (n *running) listen(l config.Listen, log *slog.Logger) error {
 		}
 		hs.TLSConfig = tlsConfig
 	}
-	listener, err := net.Listen("tcp", l.Address)
+	listener, err := n.server.Listen(ctx, l.Address)
 	if err != nil {
 		return fmt.Errorf("listening: %w", err)
 	}

@@ -29,6 +29,7 @@ func (c *Config) check(r *report) {
 	c.checkWords(r, reflect.ValueOf(c).Elem(), "")
 	c.checkListen(r)
 	c.checkFrontDoors(r)
+	c.checkClients(r)
 	c.checkDial(r)
 	c.checkDiscovery(r)
 	c.checkTrust(r)
@@ -202,6 +203,13 @@ func checkPublicURL(text string) string {
 		return fmt.Sprintf("%q has more than scheme and host: write %s", clip(text), bare)
 	}
 	return ""
+}
+
+func (c *Config) checkClients(r *report) {
+	defaults := Default().Clients
+	positive(r, "clients.header_timeout", c.Clients.HeaderTimeout, defaults.HeaderTimeout)
+	positive(r, "clients.idle_timeout", c.Clients.IdleTimeout, defaults.IdleTimeout)
+	positive(r, "clients.stall_timeout", c.Clients.StallTimeout, defaults.StallTimeout)
 }
 
 func (c *Config) checkDial(r *report) {

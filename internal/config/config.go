@@ -91,6 +91,9 @@ type Config struct {
 	// The proxy front door: what nodes reach by HTTP_PROXY and HTTPS_PROXY.
 	Proxy Proxy `yaml:"proxy"`
 
+	// How long nodes, and whoever else connects, may keep a connection busy without doing anything with it.
+	Clients Clients `yaml:"clients"`
+
 	// How publishers are reached.
 	Dial Dial `yaml:"dial"`
 
@@ -165,6 +168,19 @@ type Proxy struct {
 
 	// Pass CONNECT for any other host through as it is. Otherwise it is refused.
 	Tunnel bool `yaml:"tunnel"`
+}
+
+// Clients is how long whoever connects may take for what he does.
+type Clients struct {
+	// For the head of a request, and for the TLS handshake before the first one.
+	HeaderTimeout Duration `yaml:"header_timeout"`
+
+	// Until the next request.
+	IdleTimeout Duration `yaml:"idle_timeout"`
+
+	// Without taking anything of an answer that waits for it. However slowly one takes it, it is not cut off. For connections as a whole the kernel sees
+	// to that, on Linux; within HTTP/2, where many answers share one, it is the time for 32KiB.
+	StallTimeout Duration `yaml:"stall_timeout"`
 }
 
 // Dial is how publishers are reached.
@@ -489,6 +505,11 @@ type Publisher struct {
 func Default() Config {
 	return Config{
 		Listen: []Listen{defaultListen()},
+		Clients: Clients{
+			HeaderTimeout: seconds(10),
+			IdleTimeout:   minutes(2),
+			StallTimeout:  minutes(5),
+		},
 		Dial: Dial{
 			ConnectTimeout: seconds(2),
 			Timeout:        seconds(30),

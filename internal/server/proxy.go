@@ -15,9 +15,6 @@ import (
 	"github.com/acproxy/acproxy"
 )
 
-// handshakeTimeout is how long a client may take for the TLS handshake inside a CONNECT connection.
-const handshakeTimeout = 10 * time.Second
-
 // proxy answers clients that have acproxy as their HTTP proxy.
 func (s *Server) proxy(w http.ResponseWriter, r *http.Request) error {
 	if r.Method == http.MethodConnect {
@@ -159,6 +156,9 @@ func (s *Server) forward(w http.ResponseWriter, r *http.Request) {
 			s.fail(w, r, err)
 		},
 	}
+	if r.ContentLength != 0 {
+		r.Body = &patientBody{r.Body, http.NewResponseController(w), s.cfg.Patience.Stall}
+	}
 	rp.ServeHTTP(w, r)
 }
 
@@ -167,6 +167,7 @@ type inner struct {
 	http     *http.Server
 	listener *handedListener
 	config   *tls.Config
+	patience Patience
 	serving  sync.WaitGroup
 }
 
@@ -175,19 +176,15 @@ type connectedTo struct{}
 
 func newInner(s *Server) *inner {
 	in := &inner{
+		patience: s.cfg.Patience,
 		listener: &handedListener{conns: make(chan net.Conn), closed: make(chan struct{})},
 		config: &tls.Config{
 			GetCertificate: s.cfg.Certificate, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"},
 		},
 	}
-	in.http = &http.Server{
-		Handler:           s.Handler(false),
-		ReadHeaderTimeout: handshakeTimeout,
-		IdleTimeout:       2 * time.Minute,
-		ErrorLog:          nil,
-		// A copy of its own: Serve adds to it while connections are being made with the other.
-		TLSConfig: in.config.Clone(),
-	}
+	in.http = s.HTTP(false)
+	// A copy of its own: Serve adds to it while connections are being made with the other.
+	in.http.TLSConfig = in.config.Clone()
 	in.http.Handler = misdirected(s, in.http.Handler)
 	in.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
 		if t, ok := c.(*tls.Conn); ok {
@@ -237,7 +234,7 @@ func (in *inner) serve(conn net.Conn, host string) {
 		return in.config.GetCertificate(hello)
 	}
 	t := tls.Server(&hostConn{conn, host}, config)
-	ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), in.patience.Header)
 	defer cancel()
 	if err := t.HandshakeContext(ctx); err != nil {
 		_ = t.Close() // the client knows best why it hung up

@@ -48,6 +48,7 @@ type Config struct {
 	Tunnel      bool                                                        // let other hosts through untouched
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
 
+	Patience  Patience         // with clients
 	AccessLog *slog.Logger     // gets a line for each request; nil means none are written
 	Log       *slog.Logger     // nil means slog.Default
 	Now       func() time.Time // nil means time.Now
@@ -77,6 +78,7 @@ type Server struct {
 
 // New returns a Server. Close ends the connections that its proxy front door has taken over.
 func New(cfg Config) *Server {
+	cfg.Patience = cfg.Patience.withDefaults()
 	s := &Server{cfg: cfg, log: cfg.Log, now: cfg.Now}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -144,7 +146,7 @@ func isDiscovery(r *http.Request, _ *mux.RouteMatch) bool {
 // Handler returns the handler for a listener. With proxy it also is a front door for clients that have acproxy as their HTTP proxy: CONNECT and
 // absolute-form requests.
 func (s *Server) Handler(proxy bool) http.Handler {
-	return s.observe(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return s.patient(s.observe(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.Method == http.MethodConnect || r.URL.IsAbs():
 			if !proxy {
@@ -155,7 +157,7 @@ func (s *Server) Handler(proxy bool) http.Handler {
 		default:
 			s.route(w, r)
 		}
-	}))
+	})))
 }
 
 // route hands a request to the handler of its route. The router's own ServeHTTP would copy the request twice to add what nobody here asks for.
@@ -175,11 +177,14 @@ func (s *Server) wrap(h handler) http.Handler {
 	})
 }
 
-// only refuses all methods but the given ones.
+// only refuses all methods but the given ones, and requests with content.
 func only(h handler, methods ...string) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		for _, m := range methods {
-			if r.Method == m {
+			switch {
+			case r.Method == m && r.ContentLength != 0:
+				return errContent
+			case r.Method == m:
 				return h(w, r)
 			}
 		}
