@@ -1,8 +1,10 @@
 package e2e
 
 import (
+	"bufio"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -285,5 +287,296 @@ func TestClientsThatDoNotRead(t *testing.T) {
 		if got := ended(t, conn); len(got) >= len(held.aci) {
 			t.Errorf("a client that read nothing for its time got all of it, %d bytes", len(got))
 		}
+	}
+}
+
+// TestSmuggling sends requests that two servers may read in two ways. One that is answered is answered once, and nothing that may have been meant as
+// content is taken for the next request: its connection ends.
+func TestSmuggling(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, impatient)
+	const (
+		get   = "GET /.acproxy/healthz HTTP/1.1\r\nHost: x\r\n"
+		inner = "GET /.acproxy/ca.pem HTTP/1.1\r\nHost: x\r\nX-Request-Id: smuggled\r\n\r\n"
+	)
+	size := fmt.Sprint(len(inner))
+	for _, tt := range []struct {
+		name, request string
+		status        int  // of the first answer
+		second        bool // what follows is a request of its own, and answered
+	}{
+		{"two requests", get + "\r\n" + inner, 200, true},
+		{"no content", get + "Content-Length: 0\r\n\r\n" + inner, 200, true},
+		{"content", get + "Content-Length: " + size + "\r\n\r\n" + inner, 400, false},
+		{"content with POST", "POST /.acproxy/healthz HTTP/1.1\r\nHost: x\r\nContent-Length: " + size + "\r\n\r\n" + inner, 405, false},
+		{"content longer than it says", get + "Content-Length: 5\r\n\r\n01234" + inner, 400, false},
+		{"more content than anybody reads", get + "Content-Length: 1000000000\r\n\r\n" + strings.Repeat("x", 300<<10) + inner, 400, false},
+		{"two lengths", get + "Content-Length: 0\r\nContent-Length: " + size + "\r\n\r\n" + inner, 400, false},
+		{"two lengths in a line", get + "Content-Length: 0, " + size + "\r\n\r\n" + inner, 400, false},
+		{"the same length twice", get + "Content-Length: 5\r\nContent-Length: 5\r\n\r\n01234" + inner, 400, false},
+		{"a length with a sign", get + "Content-Length: +" + size + "\r\n\r\n" + inner, 400, false},
+		{"a negative length", get + "Content-Length: -1\r\n\r\n" + inner, 400, false},
+		{"a length in hexadecimal", get + "Content-Length: 0x10\r\n\r\n" + inner, 400, false},
+		{"a length with a space in it", get + "Content-Length: 1 0\r\n\r\n" + inner, 400, false},
+		{"chunks", get + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner, 400, false},
+		{"chunks and a length", get + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner, 400, false},
+		{"a length and chunks", get + "Transfer-Encoding: chunked\r\nContent-Length: " + size + "\r\n\r\n0\r\n\r\n" + inner, 400, false},
+		{"chunks twice", get + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner, 0, false},
+		{"chunks that nobody knows", get + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + inner, 501, false},
+		{"chunks after another coding", get + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + inner, 501, false},
+		{"chunks behind a space", get + "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + inner, 400, false},
+		{"chunks behind a vertical tab", get + "Transfer-Encoding: \vchunked\r\n\r\n0\r\n\r\n" + inner, 0, false},
+		{"chunks on a folded line", get + "X: a\r\n Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner, 200, false},
+		{"a chunk whose size has a sign", get + "Transfer-Encoding: chunked\r\n\r\n+0\r\n\r\n" + inner, 400, false},
+		{"a chunk that is too large for any number", get + "Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n" + inner, 400, false},
+		{"a chunk's extension with a line feed in it", get + "Transfer-Encoding: chunked\r\n\r\n0;\n\r\n\r\n" + inner, 400, false},
+		{"HTTP/1.0 with chunks", "GET /.acproxy/healthz HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner, 200, false},
+		{"lines that end in line feeds", "GET /.acproxy/healthz HTTP/1.1\nHost: x\n\n" + inner, 200, true},
+		{"a carriage return in a line", get + "X: a\rContent-Length: " + size + "\r\n\r\n" + inner, 400, false},
+		{"a zero in a field", get + "X: a\x00b\r\n\r\n" + inner, 400, false},
+		{"a zero in a name", get + "X\x00: b\r\n\r\n" + inner, 400, false},
+		{"a zero in the path", "GET /.acproxy/healthz\x00 HTTP/1.1\r\nHost: x\r\n\r\n" + inner, 400, false},
+		{"a field without a name", get + ": x\r\n\r\n" + inner, 400, false},
+		{"a line that is no field", get + "nothing\r\n\r\n" + inner, 400, false},
+		{"a folded line", get + "X: a\r\n b\r\n\r\n" + inner, 200, true},
+		{"a folded line first", "GET /.acproxy/healthz HTTP/1.1\r\n Host: x\r\n\r\n" + inner, 400, false},
+		{"two hosts", get + "Host: y\r\n\r\n" + inner, 400, false},
+		{"no host", "GET /.acproxy/healthz HTTP/1.1\r\n\r\n" + inner, 400, false},
+		{"a host that is none", "GET /.acproxy/healthz HTTP/1.1\r\nHost: x/../y z\r\n\r\n" + inner, 400, false},
+		{"two spaces in the request line", "GET  /.acproxy/healthz HTTP/1.1\r\nHost: x\r\n\r\n" + inner, 400, false},
+		{"no version", "GET /.acproxy/healthz\r\n\r\n" + inner, 400, false},
+		{"a version to come", "GET /.acproxy/healthz HTTP/3.0\r\nHost: x\r\n\r\n" + inner, 505, false},
+		{"a head that is too long", get + "X: " + strings.Repeat("x", 80<<10) + "\r\n\r\n" + inner, 431, false},
+		{"a head of too many fields", get + strings.Repeat("X: y\r\n", 20<<10) + "\r\n" + inner, 431, false},
+		{"a request line that is too long", "GET /" + strings.Repeat("x", 80<<10) + " HTTP/1.1\r\nHost: x\r\n\r\n" + inner, 431, false},
+		{"HTTP/2 in the clear", http2Preface + inner, 0, false},
+		{"an upgrade to HTTP/2", get + "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n" + inner, 200, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			conn := s.raw("http")
+			// It may be answered, and the connection ended, before all of it was read.
+			_, _ = io.WriteString(conn, tt.request)
+			got := ended(t, conn)
+			first, err := http.ReadResponse(bufio.NewReader(strings.NewReader(string(got))), nil)
+			switch {
+			case err != nil && strings.HasPrefix(tt.name, "more content"):
+				// What nobody read resets the connection, and may take the answer along.
+			case err != nil:
+				t.Fatalf("the answer is %.500q, %v", got, err)
+			case tt.status == 0 && first.StatusCode < 400, tt.status != 0 && first.StatusCode != tt.status:
+				t.Errorf("the answer is %d, want %d\n%.500s", first.StatusCode, tt.status, got)
+			}
+			if second := strings.Contains(string(got), "X-Request-Id: smuggled"); second != tt.second {
+				t.Errorf("what follows was answered: %v, want %v\n%.2000s", second, tt.second, got)
+			}
+		})
+	}
+	wantStatus(t, s.get(s.plain()+"/.acproxy/healthz"), http.StatusOK)
+}
+
+// TestFloodOfHEAD asks for nothing but heads, thousands of them, without waiting for the answers.
+func TestFloodOfHEAD(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "log: {access: false}")
+	im, arriving := s.publish(large("app", 1<<20)), s.publish(large("arriving", 1<<20))
+	s.hold(im)
+	trouble := s.arriving(arriving)
+	// Something can be delivered, so everything about the arriving one has been opened.
+	wantStatus(t, s.get(s.direct(arriving, "aci"), "Range", "bytes=0-9"), http.StatusPartialContent)
+	before := s.vitals()
+	images := []image{im, arriving}
+	var clients sync.WaitGroup
+	n := inChaos(200, 5000)
+	for range 10 {
+		conn := s.raw("http")
+		// Both end with the answers, or with the connection, at the latest when the scene ends; waited for below.
+		clients.Go(func() {
+			for i := range n {
+				which := images[i%2]
+				if _, err := fmt.Fprintf(conn, "HEAD %s HTTP/1.1\r\nHost: x\r\n\r\n", directPath(which.name, which.labels, "aci")); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+		clients.Go(func() {
+			r := bufio.NewReader(conn)
+			for i := range n {
+				resp, err := http.ReadResponse(r, &http.Request{Method: http.MethodHead})
+				if err != nil || resp.StatusCode != http.StatusOK || resp.ContentLength != int64(len(images[i%2].aci)) {
+					t.Errorf("answer %d is %v, %v", i, resp, err)
+					return
+				}
+			}
+			_ = conn.Close()
+		})
+	}
+	wantImage(t, s.get(s.direct(im, "aci")), im)
+	wait(t, "all heads are answered", &clients)
+	s.node.Close()
+	s.settles(before)
+	trouble.Release()
+	wantImage(t, s.get(s.direct(arriving, "aci")), arriving)
+	if n := s.publisher.Count(im.blob()) + s.publisher.Count(arriving.blob()); n != 2 {
+		t.Errorf("the publisher was asked for the images %d times, want once for each", n)
+	}
+}
+
+// TestAbuseOfHTTP2 does with streams what the protocol allows and nobody needs. Whether the server ends the connection or puts up with it, others are
+// served, and nothing is left behind.
+func TestAbuseOfHTTP2(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, impatient+"\nlog: {access: false}")
+	im := s.publish(large("app", 1<<20))
+	s.hold(im)
+	path := directPath(im.name, im.labels, "aci")
+	url := "https://" + imageHost + path
+	before := s.vitals()
+	long := strings.Repeat("x", 16<<10)
+	many := inChaos(2_000, 50_000)
+	for _, tt := range []struct {
+		name  string
+		abuse func(c *frames) error
+	}{
+		{"requests that are taken back at once", func(c *frames) error {
+			for range many {
+				f := c.request(path)
+				if err := c.send(f, frame{kind: frameReset, stream: f.stream, payload: []byte{0, 0, 0, errCancel}}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"more streams than are allowed", func(c *frames) error {
+			for range many {
+				if err := c.send(c.request(path)); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"pings", func(c *frames) error {
+			for range many {
+				if err := c.send(frame{kind: framePing, payload: make([]byte, 8)}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"settings", func(c *frames) error {
+			for range many {
+				if err := c.send(frame{kind: frameSettings}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"a head over frames without end", func(c *frames) error {
+			f := c.request(path)
+			f.flags = flagEndStream
+			for err := c.send(f); ; err = c.send(frame{kind: frameContinuation, stream: f.stream, payload: []byte("\x00\x01x\x01y")}) {
+				if err != nil {
+					return err
+				}
+			}
+		}},
+		{"a head that is too long", func(c *frames) error {
+			for range 20 {
+				if err := c.send(c.request("/" + long)); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"a window that grows too large", func(c *frames) error {
+			f := c.request(path)
+			return c.send(f, more(0, 1<<31-1), more(0, 1<<31-1), more(f.stream, 1<<31-1), more(f.stream, 1<<31-1))
+		}},
+		{"windows that change all the time", func(c *frames) error {
+			f := c.request(path)
+			if err := c.send(f); err != nil {
+				return err
+			}
+			for i := range many {
+				if err := c.send(frame{kind: frameSettings, payload: []byte{0, settingWindow, 0, 0, 0, byte(i)}}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"data that nobody asked for", func(c *frames) error {
+			f := c.request(path)
+			f.flags = flagEndHeaders
+			if err := c.send(f); err != nil {
+				return err
+			}
+			for range many {
+				if err := c.send(frame{kind: frameData, stream: f.stream, payload: []byte(long[:100])}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"frames that are none", func(c *frames) error {
+			return c.send(frame{kind: 0xee, payload: []byte("unknown")}, frame{kind: frameHeaders, flags: flagEndHeaders, stream: 2, payload: []byte{0xff, 0xff}})
+		}},
+		{"a frame that is too long", func(c *frames) error {
+			return c.send(frame{kind: frameData, stream: 1, payload: make([]byte, 1<<21)})
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := s.frames()
+			defer c.Close()
+			c.begin(0)
+			var reading sync.WaitGroup
+			// Ends with the connection, which is closed below; waited for then.
+			reading.Go(func() { _, _ = io.Copy(io.Discard, c) })
+			err := c.SetWriteDeadline(time.Now().Add(patience))
+			if err == nil {
+				err = tt.abuse(c)
+			}
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error("the server neither reads on nor ends the connection")
+			}
+			wantImage(t, s.get(url), im)
+			_ = c.Close()
+			reading.Wait()
+		})
+	}
+	s.node.Close()
+	s.settles(before)
+}
+
+// TestAByteAtATimeInHTTP2 takes an answer through a window of one byte.
+func TestAByteAtATimeInHTTP2(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "")
+	im := s.publish(app("app"))
+	s.hold(im)
+	c := s.frames()
+	c.begin(1)
+	f := c.request(directPath(im.name, im.labels, "aci"))
+	if err := c.send(f); err != nil {
+		t.Fatal(err)
+	}
+	if head, err := c.until(frameHeaders, f.stream); err != nil || head.payload[0] != 0x88 {
+		t.Fatalf("the answer is %+v, %v; want 200", head, err)
+	}
+	var got []byte
+	for {
+		data, err := c.until(frameData, f.stream)
+		if err != nil || len(data.payload) > 1 {
+			t.Fatalf("after %d bytes came %d at once, %v", len(got), len(data.payload), err)
+		}
+		got = append(got, data.payload...)
+		if data.flags&flagEndStream != 0 {
+			break
+		}
+		if err := c.send(more(f.stream, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if string(got) != string(im.aci) {
+		t.Errorf("%d other bytes than the %d published", len(got), len(im.aci))
 	}
 }
