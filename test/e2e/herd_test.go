@@ -7,7 +7,9 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/acproxy/acproxy/test/publisher"
 )
@@ -177,4 +179,105 @@ func TestSlowReaderHurtsNobody(t *testing.T) {
 	if n := s.publisher.Count(im.blob()); n != 1 {
 		t.Errorf("the publisher was asked for the image %d times, want once", n)
 	}
+}
+
+// TestFiveHundredOnOneColdImage asks for an image that is not here yet from five hundred clients at once. Half of them leave midway, some read a kilobyte a
+// second. The publisher is asked once, and the fast ones have everything before a slow one has half.
+func TestFiveHundredOnOneColdImage(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "log: {access: false}")
+	im := s.publish(large("app", 1<<20))
+	trouble := s.publisher.Misbehave(publisher.URL(im.blob()), publisher.Fault{StallAfter: publisher.At(stalled)})
+	const herd, leaving, slow = 500, 250, 50
+	before := s.vitals()
+	leave, gone := context.WithCancel(s.context())
+	defer gone()
+	hurry := make(chan struct{})
+	var slowRead atomic.Int64 // of the slow one that has read most
+	var begun, left, fast, done sync.WaitGroup
+	begun.Add(herd)
+	fast.Add(herd - leaving - slow)
+	left.Add(leaving)
+	client := s.client()
+	client.Transport.(*http.Transport).DisableKeepAlives = true
+	get := func(i int) (sum string, err error) {
+		ctx := s.context()
+		if i < leaving {
+			ctx = leave
+		}
+		begin := sync.OnceFunc(begun.Done)
+		defer begin()
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.direct(im, "aci"), nil)
+		if err != nil {
+			return "", err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		hash := sha256.New()
+		n, err := io.CopyN(hash, resp.Body, 1000)
+		if err != nil {
+			return "", err
+		}
+		begin()
+		if i >= herd-slow {
+			every := time.NewTicker(time.Second)
+			defer every.Stop()
+			for hurried := false; !hurried && err == nil; {
+				select {
+				case <-every.C:
+					var m int64
+					m, err = io.CopyN(hash, resp.Body, 1000)
+					n += m
+					slowRead.Store(max(slowRead.Load(), n))
+				case <-hurry:
+					hurried = true
+				}
+			}
+		}
+		if err == nil {
+			_, err = io.Copy(hash, resp.Body)
+		}
+		return fmt.Sprintf("%x", hash.Sum(nil)), err
+	}
+	for i := range herd {
+		// Ends with the answer; waited for below.
+		done.Go(func() {
+			sum, err := get(i)
+			switch {
+			case i < leaving:
+				if err == nil {
+					t.Errorf("client %d left midway and has a whole body", i)
+				}
+				left.Done()
+				return
+			case i < herd-slow:
+				defer fast.Done()
+			}
+			if err != nil || sum != im.sum {
+				t.Errorf("client %d: %v, or other bytes than those published", i, err)
+			}
+		})
+	}
+	wait(t, "all clients begin", &begun)
+	within(t, "the publisher stalls", trouble.Stalled())
+	gone()
+	wait(t, "half of the clients leave", &left)
+	trouble.Release()
+	wait(t, "the fast ones end", &fast)
+	if n := slowRead.Load(); n > int64(len(im.aci))/2 {
+		t.Errorf("a slow one has %d of %d bytes already", n, len(im.aci))
+	}
+	close(hurry)
+	wait(t, "all clients end", &done)
+	for _, pattern := range []string{im.blob(), im.signature(), im.name} {
+		if n := s.publisher.Count(pattern); n != 1 {
+			t.Errorf("the publisher was asked for %s %d times, want once", pattern, n)
+		}
+	}
+	// Two connections to the publisher may be kept.
+	before.descriptors, before.goroutines = before.descriptors+2, before.goroutines+6
+	s.settles(before)
 }
