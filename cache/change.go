@@ -329,7 +329,7 @@ const keptEvery = 24 * time.Hour
 func (d *Disk) Refuse(refused Refused) error {
 	return d.update(func(tx *bolt.Tx) error {
 		var last uint64
-		if _, err := getJSON(tx, bucketState, []byte(stateRefused), &last); err != nil {
+		if err := getJSON(tx, bucketState, []byte(stateRefused), &last); err != nil {
 			return err
 		}
 		last++

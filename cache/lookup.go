@@ -295,13 +295,13 @@ func (d *Disk) OpenBlob(digest acproxy.Digest) (*Blob, error) {
 		case err == nil:
 			// It may be the file of before, or the one after it.
 			err = f.Close()
-			d.leases.give(l, false)
+			d.leases.give(l)
 			if err != nil {
 				return nil, err
 			}
 			continue
 		}
-		d.leases.give(l, false)
+		d.leases.give(l)
 		if errors.Is(err, errNotWhole) {
 			// Somebody may just have put it right, or have taken it away.
 			return d.openOrLose(digest)
@@ -346,7 +346,7 @@ func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
 	if err == nil {
 		return d.leases.blob(f, l), nil
 	}
-	d.leases.give(l, false)
+	d.leases.give(l)
 	if !errors.Is(err, errNotWhole) {
 		return nil, err
 	}
@@ -640,7 +640,7 @@ func (d *Disk) Refusals() ([]Refused, error) {
 func getRefusals(tx *bolt.Tx) (refusals []Refused, err error) {
 	err = scan(tx, bucketRefused, nil, nil, func(key, _ []byte) error {
 		var r Refused
-		_, err := getJSON(tx, bucketRefused, key, &r)
+		err := getJSON(tx, bucketRefused, key, &r)
 		refusals = append(refusals, r)
 		return err
 	})

@@ -259,7 +259,7 @@ func (p *Partial) Open() (*Blob, error) {
 	}
 	f, err := os.Open(p.path)
 	if err != nil {
-		ls.give(l, false)
+		ls.give(l)
 		if errors.Is(err, fs.ErrNotExist) {
 			err = discarded
 		}

@@ -132,7 +132,7 @@ func (p *planner) partials() error {
 	keys := slices.SortedFunc(maps.Keys(d.suspended), func(a, b string) int { return d.suspended[a].since.Compare(d.suspended[b].since) })
 	for _, key := range keys {
 		if s := d.suspended[key]; !p.enough() && !d.leases.busy(s.lease) {
-			p.choose(victim{bytes: s.bytes(), key: key}, func() Eviction { return s.eviction() })
+			p.choose(victim{bytes: s.bytes(), key: key}, s.eviction)
 		}
 	}
 	return nil
@@ -150,7 +150,7 @@ func (p *planner) setAside() error {
 	}
 	for _, f := range files {
 		if !p.enough() {
-			p.choose(victim{bytes: f.bytes, file: f.name}, func() Eviction { return f.eviction() })
+			p.choose(victim{bytes: f.bytes, file: f.name}, f.eviction)
 		}
 	}
 	return nil

@@ -80,16 +80,16 @@ func decodeRow[T any](bucket string, key, value []byte, take func(*decoder) T) (
 	return v, nil
 }
 
-// getJSON reads a row of one of the buckets that hold JSON into v and reports whether there is one.
-func getJSON(tx *bolt.Tx, bucket string, key []byte, v any) (bool, error) {
+// getJSON reads a row of one of the buckets that hold JSON into v, which stays as it is if there is none.
+func getJSON(tx *bolt.Tx, bucket string, key []byte, v any) error {
 	b, err := get(tx, bucket, key)
 	if b == nil || err != nil {
-		return false, err
+		return err
 	}
 	if err := json.Unmarshal(b, v); err != nil {
-		return false, broken("the row of %s at %.40x: %v", bucket, key, err)
+		return broken("the row of %s at %.40x: %v", bucket, key, err)
 	}
-	return true, nil
+	return nil
 }
 
 func putJSON(tx *bolt.Tx, bucket string, key []byte, v any) error {

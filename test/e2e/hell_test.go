@@ -10,10 +10,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"testing"
-
-	"github.com/acproxy/acproxy/cache"
-	"github.com/acproxy/acproxy/internal/admin"
 )
 
 // chaos names the environment variable that asks for the long form of the tests in which everybody misbehaves: all offsets instead of some, more clients,
@@ -26,20 +22,6 @@ func inChaos[T any](usual, long T) T {
 		return long
 	}
 	return usual
-}
-
-// seedName names the environment variable that repeats the random choices of a test.
-const seedName = "ACPROXY_SEED"
-
-// seed returns what random choices are made from, and says it.
-func seed(t testing.TB) uint64 {
-	t.Helper()
-	seed := uint64(os.Getpid())
-	if text := os.Getenv(seedName); text != "" {
-		seed = must(strconv.ParseUint(text, 10, 64))(t)
-	}
-	t.Logf("%s=%d repeats it", seedName, seed)
-	return seed
 }
 
 // vitals is what a server holds on to.
@@ -101,28 +83,6 @@ func (s *scene) settles(before vitals) {
 	})
 	if s.t.Failed() {
 		s.t.Logf("before %+v, now %+v", before, now)
-	}
-}
-
-// holdsOnly checks that nothing is held but what was published: the given images, and those that may be missing.
-func (s *scene) holdsOnly(images ...image) {
-	s.t.Helper()
-	known := make(map[string]bool)
-	for _, im := range images {
-		known["sha256:"+im.sum] = true
-	}
-	client := must(admin.Dial(s.path("data", "admin.sock")))(s.t)
-	for after, first := "", true; first || after != ""; first = false {
-		records, next, err := client.Images(cache.Filter{}, after, 1000)
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		for _, rec := range records {
-			if !known[rec.Digest.String()] && !rec.Quarantined() {
-				s.t.Errorf("held is %s with %d bytes, %v, which nobody published", rec.Name, rec.Size, rec.Digest)
-			}
-		}
-		after = next
 	}
 }
 
