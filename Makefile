@@ -6,7 +6,7 @@ FUZZTIME ?= 30s
 TIMEOUT  ?= 10m
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-peers bench-compare run demo profile generate check
+.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-peers soak bench-compare run demo profile generate check
 
 help: ## show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
@@ -45,6 +45,9 @@ bench-peers: ## serving side by side with nginx, varnish and others: table, dist
 
 bench-compare: ## compare two runs of them: make bench-compare OLD=old.txt NEW=new.txt
 	$(TOOL) benchstat $(OLD) $(NEW)
+
+soak: ## everything at once for a while, and every byte accounted for: DURATION=10m
+	$(GO) run ./test/soak -duration $(or $(DURATION),10m) -out dist/soak $(ARGS)
 
 run: ## run the server with the defaults, keeping everything under ./dist/data
 	$(GO) run ./cmd/acproxy serve --data-dir dist/data

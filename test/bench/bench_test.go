@@ -124,8 +124,19 @@ func TestEveryBenchmarkRuns(t *testing.T) {
 	wantSVG(t, svg, "herd/5: fetched, times", acproxyName)
 }
 
+// peersEnv names the environment variable that has the tests start the peers too, which takes minutes.
+const peersEnv = "ACPROXY_TEST_PEERS"
+
+func needPeers(t *testing.T) {
+	t.Helper()
+	if os.Getenv(peersEnv) == "" {
+		t.Skipf("it starts the peers, which takes minutes: set %s=1 to have it run", peersEnv)
+	}
+}
+
 // TestPeersRun runs those peers that are installed, in one benchmark of each kind.
 func TestPeersRun(t *testing.T) {
+	needPeers(t)
 	const warm, secure, cold = "signature/3", "image/https/100000B/2", "herd/5"
 	r, _ := inMiniature(t, "-wrk=false", warm, secure, cold)
 	for _, p := range peers() {
@@ -149,6 +160,7 @@ func TestPeersRun(t *testing.T) {
 
 // TestWrkAsks runs small benchmarks with wrk, where that is installed, and has acproxy profiled meanwhile.
 func TestWrkAsks(t *testing.T) {
+	needPeers(t)
 	profiles := filepath.Join(t.TempDir(), "profiles")
 	r, _ := inMiniature(t, "-only", acproxyName, "-profile", profiles, "page", "not-modified")
 	for _, b := range []string{"page/3", "not-modified/3"} {
