@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -243,7 +244,7 @@ func (s *soak) reckon(ctx context.Context) error {
 	if most := int64(160 << 20); last.anon > most {
 		s.failf("%d MB of memory are in use in the end", last.anon>>20)
 	}
-	return st.fsck(s.failf)
+	return st.end(syscall.SIGTERM)
 }
 
 // report says what was seen.

@@ -402,18 +402,6 @@ func (st *stage) idle() error {
 	return nil
 }
 
-// fsck ends the server and has the store checked.
-func (st *stage) fsck(failf func(string, ...any)) error {
-	if err := st.end(syscall.SIGTERM); err != nil {
-		return err
-	}
-	out, err := exec.Command(st.binary, "fsck", "--config", st.config()).CombinedOutput()
-	if err != nil {
-		failf("acproxy fsck: %v\n%s", err, out)
-	}
-	return nil
-}
-
 func (st *stage) close() error {
 	err := st.end(syscall.SIGKILL)
 	if st.publisher != nil {
