@@ -27,10 +27,13 @@ func (s *scene) arriving(im image) *publisher.Trouble {
 	trouble := s.publisher.Misbehave(publisher.URL(im.blob()), publisher.Fault{StallAfter: publisher.At(stalled)})
 	first := make(chan node.Answer, 1)
 	// Ends with the answer, at the latest when the scene ends; the cleanup below waits for it.
-	go func() { first <- s.node.Get(s.context(), s.direct(im, "aci"), nil, nil) }()
+	// The test's own context ends before its cleanups begin, and the answer may come until then.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.context()), 2*patience)
+	go func() { first <- s.node.Get(ctx, s.direct(im, "aci"), nil, nil) }()
 	s.t.Cleanup(func() {
 		trouble.Release()
 		wantImage(s.t, <-first, im)
+		cancel()
 	})
 	within(s.t, "the publisher begins to send "+im.name, trouble.Stalled())
 	return trouble
