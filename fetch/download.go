@@ -378,6 +378,9 @@ func (d *download) verdict(body io.ReadCloser, inspection *inspection) (cache.Re
 
 // checkHeld refuses bytes that are held already and quarantined: they came again by another way, and are not going to be served by that.
 func (d *download) checkHeld(rec cache.Record) error {
+	if barred, ok := d.f.barred.Load(rec.Digest); ok && !rec.Inspected {
+		return quarantined(barred.(cache.Record))
+	}
 	held, err := d.f.cfg.Store.Record(rec.Digest)
 	if err != nil || rec.Inspected || !held.Quarantined() || lost(held) {
 		return nil
@@ -651,9 +654,14 @@ func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) 
 		said := decision(EventQuarantined, rec)
 		said.Outcome, said.Detail = acproxy.Code(err), err.Error()
 		f.decided(said)
-		if err := f.cfg.Store.Quarantine(f.ctx, rec.Digest, acproxy.Code(err), err.Error()); err != nil {
-			f.log.Error("quarantining an image", "name", rec.Name, "digest", rec.Digest, "err", err)
+		// Noted here first: a disk that can't note it must not have it served.
+		rec.State, rec.Code, rec.Reason = cache.Quarantined, acproxy.Code(err), err.Error()
+		f.barred.Store(rec.Digest, rec)
+		if err := f.cfg.Store.Quarantine(f.ctx, rec.Digest, rec.Code, rec.Reason); err != nil {
+			f.log.Error("quarantining an image: it is not served as long as this process lives", "name", rec.Name, "digest", rec.Digest, "err", err)
+			return
 		}
+		f.barred.Delete(rec.Digest)
 	case f.ctx.Err() == nil:
 		// The bytes are kept uninspected; the next start inspects them again.
 		f.log.Error("inspecting an image", "name", rec.Name, "digest", rec.Digest, "err", err)

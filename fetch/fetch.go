@@ -88,7 +88,10 @@ type Fetcher struct {
 	// signatures remembers signatures by their SHA-256.
 	signatures *memo.Memo[acproxy.Digest, []byte]
 	verdicts   verdicts
-	queue      *queue
+	// barred are held images that are to be quarantined, by digest, each as a cache.Record that says why: until the store has noted it, and for good if it
+	// can't.
+	barred sync.Map
+	queue  *queue
 
 	mu        sync.Mutex
 	closed    bool

@@ -57,6 +57,37 @@ func TestALaggingInspectionQuarantines(t *testing.T) {
 	s.wantError(s.app("1.0"), acproxy.ErrRefused, "quarantined")
 }
 
+// forgetful is a store that can't note that an image is quarantined.
+type forgetful struct{ cache.Store }
+
+func (forgetful) Quarantine(context.Context, acproxy.Digest, string, string) error {
+	return errors.New("the disk is broken")
+}
+
+// TestAQuarantineThatCanNotBeNotedHolds: what broke a rule isn't served although the store doesn't know of it, by no ref and in no way.
+func TestAQuarantineThatCanNotBeNotedHolds(t *testing.T) {
+	s := newScene(t, func(c *Config) { c.Store = forgetful{c.Store} })
+	blob := s.publish(brokenBehind("1.0"))
+	s.want(s.app("1.0"), blob, Miss) // it is signed
+	s.await("the quarantine", func(d Decision) bool { return d.Event == EventQuarantined && d.Outcome == aci.RuleOutsideRootfs })
+	s.idle()
+	s.eventually("the inspection is over", func() bool { return s.f.acceptable(s.record(s.app("1.0"))) != nil })
+	if s.record(s.app("1.0")).Quarantined() {
+		t.Fatal("the store has noted it")
+	}
+	s.wantError(s.app("1.0"), acproxy.ErrRefused, "quarantined")
+	_, err := s.f.Signature(t.Context(), Request{Ref: s.app("1.0")})
+	wantError(t, err, acproxy.ErrRefused, "quarantined")
+	got, _, err := s.get(s.app(""))
+	wantError(t, err, acproxy.ErrRefused, "quarantined")
+	if len(got) > len(blob)-DefaultHoldBack {
+		t.Errorf("%d bytes were delivered by another ref", len(got))
+	}
+	if rec := s.f.Judged(s.record(s.app("1.0"))); !rec.Quarantined() {
+		t.Error("whoever lists the images is not told")
+	}
+}
+
 func TestInspectedWaitsForTheInspection(t *testing.T) {
 	s := newScene(t)
 	blob := s.publish(spec("1.0", badSize))

@@ -62,6 +62,9 @@ func (f *Fetcher) acceptable(rec cache.Record) error {
 	if rec.Quarantined() {
 		return quarantined(rec)
 	}
+	if barred, ok := f.barred.Load(rec.Digest); ok {
+		return quarantined(barred.(cache.Record))
+	}
 	// One keyring for all of it: a verdict must not be remembered under another one's ID.
 	keyring, now := f.cfg.Keyring(), f.now()
 	if v, ok := f.verdicts.get(keyring.ID(), rec, now); ok {
