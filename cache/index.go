@@ -424,9 +424,11 @@ func (x *index) run(changes []*write) error {
 	}
 	// After a failure too: it may have been done all the same.
 	generation := x.memory.generation.Add(1)
-	if taken := x.snapshots.take(generation); taken != nil && err == nil {
+	if taken := x.snapshots.take(generation); taken != nil {
+		// Whether it was written or not: without a snapshot nobody who looks would ever come to an end.
+		x.snapshots.lost.Store(true)
 		x.dead.Store(true)
-		err = broken("what was written can't be read: %v", taken)
+		err = errors.Join(err, broken("what is in it can't be read: %v", taken))
 	}
 	var effects []effect
 	for _, w := range changes {

@@ -70,6 +70,7 @@ type snapshots struct {
 	f     *os.File
 	last  atomic.Pointer[snapshot]
 	begun atomic.Uint64 // transactions, counted before they begin
+	lost  atomic.Bool   // what the last one left could not be read, so that there will be no further snapshot
 	looks sync.Pool     // of *look
 }
 
@@ -128,6 +129,9 @@ func (s *snapshots) look(do func(*look) error) error {
 		err := do(l)
 		if s.begun.Load() <= l.snapshot.turn+1 {
 			return err
+		}
+		if s.lost.Load() {
+			return broken("what the last transaction left can't be read")
 		}
 	}
 }

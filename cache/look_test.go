@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -146,6 +147,41 @@ func TestChangeThatFailsIsNotSeen(t *testing.T) {
 
 // TestLooksBesideWrites looks rows up while they are written over again and again: what was reported to be written is seen, all rows of one look
 // are of one transaction, and no page is seen while something else is written to it.
+// TestLookEndsWhenNothingCanBeReadAnyMore: a look whose pages may have been written over, and for which there will be no newer snapshot, ends with an error.
+func TestLookEndsWhenNothingCanBeReadAnyMore(t *testing.T) {
+	x := newTestIndex(t)
+	write := func() error {
+		return x.update(func(tx *bolt.Tx) error { return put(tx, bucketState, []byte("word"), []byte("1")) }, effect{})
+	}
+	if err := write(); err != nil {
+		t.Fatal(err)
+	}
+	// The file that looks read from goes bad, and the writer's does not.
+	if err := x.snapshots.f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := write(); !errors.Is(err, errPages) {
+		t.Errorf("a write whose outcome can't be read = %v, want errPages", err)
+	}
+	x.snapshots.begun.Add(2) // as if others had tried
+	done := make(chan error, 1)
+	go func() { done <- x.snapshots.look(func(*look) error { return nil }) }()
+	select {
+	case err := <-done:
+		if !errors.Is(err, errPages) {
+			t.Errorf("look = %v, want errPages", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the look doesn't end")
+	}
+	// So that closing it finds it as it should be.
+	f, err := os.Open(x.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x.snapshots.f = f
+}
+
 func TestLooksBesideWrites(t *testing.T) {
 	x := newTestIndex(t)
 	const rows = 600
