@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
-	"net/textproto"
 	"net/url"
 	"strconv"
 	"strings"
@@ -223,15 +223,15 @@ func (s *Server) serveImage(w http.ResponseWriter, r *http.Request, im *fetch.Im
 	if p := im.Passage(); p != nil {
 		return servePassage(w, r, im, p)
 	}
+	if !strings.HasPrefix(r.Header.Get("Range"), "bytes=") {
+		// A unit that nobody knows is to be ignored (RFC 9110 §14.2); ServeContent would answer 416.
+		r.Header.Del("Range")
+	}
 	if im.Arriving() {
 		done, err := s.serveArriving(w, r, im)
 		if done || err != nil {
 			return err
 		}
-	}
-	if !strings.HasPrefix(r.Header.Get("Range"), "bytes=") {
-		// A unit that nobody knows is to be ignored (RFC 9110 §14.2); ServeContent would answer 416.
-		r.Header.Del("Range")
 	}
 	imageHeader(w, im)
 	w.Header().Set("Repr-Digest", reprDigest(im.Record.Digest))
@@ -259,18 +259,16 @@ func (s *Server) serveArriving(w http.ResponseWriter, r *http.Request, im *fetch
 	}
 	imageHeader(w, im)
 	h := w.Header()
-	switch {
-	case span.status == http.StatusNotModified:
+	if span.contentRange != "" {
+		h.Set("Content-Range", span.contentRange)
+	}
+	if span.status != http.StatusOK && span.status != http.StatusPartialContent {
 		h.Del("Content-Type")
+		if span.status != http.StatusNotModified {
+			h.Set("Content-Length", "0")
+		}
 		w.WriteHeader(span.status)
 		return true, nil
-	case span.status == http.StatusRequestedRangeNotSatisfiable:
-		h.Set("Content-Range", fmt.Sprintf("bytes */%d", im.Size))
-		h.Set("Content-Length", "0")
-		w.WriteHeader(span.status)
-		return true, nil
-	case span.status == http.StatusPartialContent:
-		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", span.from, span.to-1, im.Size))
 	}
 	if span.to >= 0 {
 		h.Set("Content-Length", strconv.FormatInt(span.to-span.from, 10))
@@ -349,89 +347,75 @@ func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span 
 	}
 }
 
-// span is what part of an image a request gets: bytes from to to (excluded; -1 is the unknown end), with a status.
+// span is what part of an image a request gets: bytes from to to (excluded; -1 is the unknown end), with a status. Of other statuses than 200 and 206 it is
+// none.
 type span struct {
-	status   int
-	from, to int64
+	status       int
+	from, to     int64
+	contentRange string // the field of that name, "" for none
 }
 
-// arrivingSpan decides what a request gets of an image that is still arriving (RFC 9110 §13.2.2 and §14). It reports false for what needs the
-// whole image first: several ranges, ranges of an unknown length, ranges from the end, preconditions on writing.
+// arrivingSpan decides what a request gets of an image that is still arriving: what net/http would answer if all of it were here, so that no answer depends on
+// whether it is. It reports false for what needs the whole image first: several ranges, and ranges of an unknown length.
 func arrivingSpan(r *http.Request, im *fetch.Image) (span, bool) {
-	h := r.Header
-	if h.Get("If-Match") != "" || h.Get("If-Unmodified-Since") != "" || im.Size < 0 && !r.ProtoAtLeast(1, 1) {
+	if im.Size < 0 && !r.ProtoAtLeast(1, 1) {
 		// HTTP/1.0 can't tell a cut body of unknown length from a whole one.
 		return span{}, false
 	}
-	whole := span{status: http.StatusOK, to: im.Size}
-	if tags := h.Get("If-None-Match"); tags != "" {
-		if matchesETag(tags, im.ETag) {
-			return span{status: http.StatusNotModified}, true
-		}
-	} else if since, err := http.ParseTime(h.Get("If-Modified-Since")); err == nil && !im.Modified.Truncate(time.Second).After(since) {
-		return span{status: http.StatusNotModified}, true
+	size := im.Size
+	if size < 0 {
+		size = math.MaxInt64
 	}
-	ranges := h.Get("Range")
-	if ranges == "" || !rangeApplies(h.Get("If-Range"), im) {
-		return whole, true
+	said := &headOnly{header: make(http.Header)}
+	said.header.Set("ETag", im.ETag)
+	said.header.Set("Content-Type", "application/octet-stream")
+	head := r.WithContext(r.Context())
+	head.Method = http.MethodHead
+	http.ServeContent(said, head, "", im.Modified, sized(size))
+	got := span{status: said.status, contentRange: said.header.Get("Content-Range")}
+	switch got.status {
+	case http.StatusOK:
+		got.to = im.Size
+		return got, true
+	case http.StatusPartialContent:
+		var total int64
+		_, err := fmt.Sscanf(got.contentRange, "bytes %d-%d/%d", &got.from, &got.to, &total)
+		got.to++
+		return got, err == nil && im.Size >= 0
+	case http.StatusRequestedRangeNotSatisfiable:
+		return got, im.Size >= 0
 	}
-	from, to, ok := parseRange(ranges)
-	if !ok || im.Size < 0 {
-		return span{}, false
-	}
-	if from >= im.Size {
-		return span{status: http.StatusRequestedRangeNotSatisfiable}, true
-	}
-	if to < 0 || to > im.Size {
-		to = im.Size
-	}
-	return span{status: http.StatusPartialContent, from: from, to: to}, true
+	return got, true
 }
 
-// matchesETag compares weakly, as If-None-Match asks for (RFC 9110 §13.1.2).
-func matchesETag(tags, etag string) bool {
-	for tag := range strings.SplitSeq(tags, ",") {
-		tag = textproto.TrimString(tag)
-		if tag == "*" || strings.TrimPrefix(tag, "W/") == etag {
-			return true
-		}
-	}
-	return false
+// headOnly is a ResponseWriter that keeps the head of an answer.
+type headOnly struct {
+	header http.Header
+	status int
 }
 
-// rangeApplies evaluates If-Range: strongly by ETag, exactly by date (RFC 9110 §13.1.5).
-func rangeApplies(condition string, im *fetch.Image) bool {
-	if condition == "" || condition == im.ETag {
-		return true
+// Header returns the answer's header.
+func (w *headOnly) Header() http.Header { return w.header }
+
+// WriteHeader keeps the status.
+func (w *headOnly) WriteHeader(status int) { w.status = status }
+
+// Write drops what an error says.
+func (w *headOnly) Write(p []byte) (int, error) { return len(p), nil }
+
+// sized is content of which nothing but its size is known.
+type sized int64
+
+// Seek knows the beginning and the end.
+func (n sized) Seek(offset int64, whence int) (int64, error) {
+	if whence == io.SeekEnd {
+		offset += int64(n)
 	}
-	t, err := http.ParseTime(condition)
-	return err == nil && t.Equal(im.Modified.Truncate(time.Second))
+	return offset, nil
 }
 
-// parseRange reads one range with a beginning: "bytes=N-" or "bytes=N-M". to is one past the last byte, -1 for the end of the image.
-func parseRange(s string) (from, to int64, ok bool) {
-	spec, ok := strings.CutPrefix(s, "bytes=")
-	if !ok {
-		return 0, 0, false
-	}
-	first, last, ok := strings.Cut(strings.TrimSpace(spec), "-")
-	if !ok || !digits(first) || last != "" && !digits(last) {
-		return 0, 0, false
-	}
-	from, err := strconv.ParseInt(first, 10, 64)
-	if err != nil {
-		return 0, 0, false
-	}
-	if last == "" {
-		return from, -1, true
-	}
-	to, err = strconv.ParseInt(last, 10, 64)
-	return from, to + 1, err == nil && to >= from && to+1 > to
-}
-
-func digits(s string) bool {
-	return s != "" && strings.Trim(s, "0123456789") == ""
-}
+// Read gives nothing.
+func (sized) Read([]byte) (int, error) { return 0, io.EOF }
 
 // key answers with one armored public key.
 func (s *Server) key(w http.ResponseWriter, r *http.Request) error {

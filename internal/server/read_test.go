@@ -1,7 +1,9 @@
 package server
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -139,6 +141,9 @@ func TestArrivingSpan(t *testing.T) {
 	known := &fetch.Image{Size: 1000, Modified: modified, ETag: `"s-1"`}
 	unknown := &fetch.Image{Size: -1, Modified: modified, ETag: `"s-1"`}
 	whole := span{status: 200, to: 1000}
+	part := func(from, to int64) span {
+		return span{206, from, to, fmt.Sprintf("bytes %d-%d/1000", from, to-1)}
+	}
 	for _, tt := range []struct {
 		name   string
 		image  *fetch.Image
@@ -148,24 +153,32 @@ func TestArrivingSpan(t *testing.T) {
 	}{
 		{"no header", known, nil, whole, false},
 		{"unknown length", unknown, nil, span{status: 200, to: -1}, false},
-		{"from a byte on", known, map[string]string{"Range": "bytes=100-"}, span{206, 100, 1000}, false},
-		{"between bytes", known, map[string]string{"Range": "bytes=100-199"}, span{206, 100, 200}, false},
-		{"the last byte", known, map[string]string{"Range": "bytes=999-"}, span{206, 999, 1000}, false},
-		{"past the end", known, map[string]string{"Range": "bytes=1000-"}, span{status: 416}, false},
-		{"to past the end", known, map[string]string{"Range": "bytes=900-5000"}, span{206, 900, 1000}, false},
-		{"the last 10 bytes wait for the end", known, map[string]string{"Range": "bytes=-10"}, span{}, true},
+		{"from a byte on", known, map[string]string{"Range": "bytes=100-"}, part(100, 1000), false},
+		{"between bytes", known, map[string]string{"Range": "bytes=100-199"}, part(100, 200), false},
+		{"the last byte", known, map[string]string{"Range": "bytes=999-"}, part(999, 1000), false},
+		{"past the end", known, map[string]string{"Range": "bytes=1000-"}, span{status: 416, contentRange: "bytes */1000"}, false},
+		{"to past the end", known, map[string]string{"Range": "bytes=900-5000"}, part(900, 1000), false},
+		{"the last 10 bytes", known, map[string]string{"Range": "bytes=-10"}, part(990, 1000), false},
+		{"with spaces", known, map[string]string{"Range": "bytes= 5 - 9 "}, part(5, 10), false},
 		{"two ranges wait for the end", known, map[string]string{"Range": "bytes=0-1,5-6"}, span{}, true},
 		{"a range of an unknown length waits", unknown, map[string]string{"Range": "bytes=5-"}, span{}, true},
-		{"backwards waits, and is ignored then", known, map[string]string{"Range": "bytes=9-5"}, span{}, true},
-		{"a range with the right ETag", known, map[string]string{"Range": "bytes=5-", "If-Range": `"s-1"`}, span{206, 5, 1000}, false},
+		{"the last bytes of an unknown length wait", unknown, map[string]string{"Range": "bytes=-5"}, span{}, true},
+		{"past the end of an unknown length waits", unknown, map[string]string{"Range": "bytes=9223372036854775807-"}, span{}, true},
+		{"a range of an unknown length, of other bytes", unknown, map[string]string{"Range": "bytes=5-", "If-Range": `"s-2"`}, span{status: 200, to: -1}, false},
+		{"backwards", known, map[string]string{"Range": "bytes=9-5"}, span{status: 416}, false},
+		{"a range with the right ETag", known, map[string]string{"Range": "bytes=5-", "If-Range": `"s-1"`}, part(5, 1000), false},
 		{"a range with another ETag", known, map[string]string{"Range": "bytes=5-", "If-Range": `"s-2"`}, whole, false},
 		{"a range with a weak ETag", known, map[string]string{"Range": "bytes=5-", "If-Range": `W/"s-1"`}, whole, false},
-		{"a range with the right date", known, map[string]string{"Range": "bytes=5-", "If-Range": stamp}, span{206, 5, 1000}, false},
+		{"a range with the right date", known, map[string]string{"Range": "bytes=5-", "If-Range": stamp}, part(5, 1000), false},
 		{"a range with a later date", known, map[string]string{"Range": "bytes=5-", "If-Range": "Fri, 01 Jul 2016 12:00:00 GMT"}, whole, false},
 		{"the client has it", known, map[string]string{"If-None-Match": `"x", W/"s-1"`}, span{status: 304}, false},
 		{"the client has another", known, map[string]string{"If-None-Match": `"x"`, "If-Modified-Since": stamp}, whole, false},
 		{"not modified since", known, map[string]string{"If-Modified-Since": stamp}, span{status: 304}, false},
-		{"preconditions on writing wait", known, map[string]string{"If-Match": `"x"`}, span{}, true},
+		{"the client has an unknown length", unknown, map[string]string{"If-None-Match": `"s-1"`, "Range": "bytes=5-"}, span{status: 304}, false},
+		{"what the client lists can't be read to where the right one is", known, map[string]string{"If-None-Match": `x, "s-1"`}, whole, false},
+		{"the client wants another", known, map[string]string{"If-Match": `"x"`}, span{status: 412}, false},
+		{"the client wants this one", known, map[string]string{"If-Match": `"x", "s-1"`}, whole, false},
+		{"modified since", known, map[string]string{"If-Unmodified-Since": "Thu, 30 Jun 2016 11:00:00 GMT"}, span{status: 412}, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := httptest.NewRequest(http.MethodGet, "/", nil)
@@ -185,14 +198,39 @@ func TestArrivingSpan(t *testing.T) {
 	}
 }
 
-func FuzzParseRange(f *testing.F) {
-	for _, seed := range []string{"bytes=0-", "bytes=5-10", "bytes=-5", "bytes=9223372036854775807-", "bytes=0-9223372036854775807"} {
-		f.Add(seed)
+// FuzzArrivingSpan: what is still arriving is answered as what is here.
+func FuzzArrivingSpan(f *testing.F) {
+	for _, seed := range [][2]string{
+		{"bytes=0-", ""}, {"bytes=5-10", `"s-1"`}, {"bytes=-5", `W/"s-1"`}, {"bytes=9223372036854775807-", "Thu, 30 Jun 2016 12:00:00 GMT"}, {"bytes=0-9223372036854775807,1-2", `x, "s-1"`},
+	} {
+		f.Add(seed[0], seed[1], "", "")
+		f.Add(seed[0], "", seed[1], "")
+		f.Add(seed[0], "", "", seed[1])
 	}
-	f.Fuzz(func(t *testing.T, s string) {
-		from, to, ok := parseRange(s)
-		if ok && (from < 0 || to != -1 && to <= from) {
-			t.Fatalf("parseRange(%q) = %d, %d", s, from, to)
+	im := &fetch.Image{Size: 100, Modified: time.Date(2016, 6, 30, 12, 0, 0, 0, time.UTC), ETag: `"s-1"`}
+	content := make([]byte, im.Size)
+	f.Fuzz(func(t *testing.T, ranges, ifRange, ifNoneMatch, ifMatch string) {
+		r := httptest.NewRequest(http.MethodGet, "/", nil)
+		for field, value := range map[string]string{"Range": ranges, "If-Range": ifRange, "If-None-Match": ifNoneMatch, "If-Match": ifMatch} {
+			if value != "" {
+				r.Header.Set(field, value)
+			}
+		}
+		want := httptest.NewRecorder()
+		want.Header().Set("ETag", im.ETag)
+		want.Header().Set("Content-Type", "application/octet-stream")
+		http.ServeContent(want, r.Clone(t.Context()), "", im.Modified, bytes.NewReader(content))
+		got, ok := arrivingSpan(r, im)
+		several := strings.HasPrefix(want.Header().Get("Content-Type"), "multipart/")
+		if ok == several {
+			t.Fatalf("arrivingSpan answers at once: %v, want %v", ok, !several)
+		}
+		if !ok {
+			return
+		}
+		length, sent := got.to-got.from, int64(want.Body.Len())
+		if got.status != want.Code || got.status <= 206 && length != sent || got.contentRange != want.Header().Get("Content-Range") {
+			t.Errorf("arrivingSpan = %+v, want %d with %d bytes, %q", got, want.Code, sent, want.Header().Get("Content-Range"))
 		}
 	})
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"testing"
 )
 
 // chaos names the environment variable that asks for the long form of the tests in which everybody misbehaves: all offsets instead of some, more clients,
@@ -22,6 +23,20 @@ func inChaos[T any](usual, long T) T {
 		return long
 	}
 	return usual
+}
+
+// seedName names the environment variable that repeats the random choices of a test.
+const seedName = "ACPROXY_SEED"
+
+// seed returns what random choices are made from, and says it.
+func seed(t testing.TB) uint64 {
+	t.Helper()
+	seed := uint64(os.Getpid())
+	if text := os.Getenv(seedName); text != "" {
+		seed = must(strconv.ParseUint(text, 10, 64))(t)
+	}
+	t.Logf("%s=%d repeats it", seedName, seed)
+	return seed
 }
 
 // vitals is what a server holds on to.
