@@ -362,6 +362,10 @@ func arrivingSpan(r *http.Request, im *fetch.Image) (span, bool) {
 		// HTTP/1.0 can't tell a cut body of unknown length from a whole one.
 		return span{}, false
 	}
+	if im.Size == 0 {
+		// Its head is all of it: there is no byte that could be held back until the verdict.
+		return span{}, false
+	}
 	size := im.Size
 	if size < 0 {
 		size = math.MaxInt64

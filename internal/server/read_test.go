@@ -153,6 +153,7 @@ func TestArrivingSpan(t *testing.T) {
 	}{
 		{"no header", known, nil, whole, false},
 		{"unknown length", unknown, nil, span{status: 200, to: -1}, false},
+		{"no bytes: there is nothing to hold back until the verdict", &fetch.Image{Modified: modified, ETag: `"s-1"`}, nil, span{}, true},
 		{"from a byte on", known, map[string]string{"Range": "bytes=100-"}, part(100, 1000), false},
 		{"between bytes", known, map[string]string{"Range": "bytes=100-199"}, part(100, 200), false},
 		{"the last byte", known, map[string]string{"Range": "bytes=999-"}, part(999, 1000), false},
