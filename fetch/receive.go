@@ -45,9 +45,10 @@ type reception struct {
 	d          *download
 	free, full chan []byte
 
-	endpoint int  // which of the download's endpoints is asked next
-	whole    bool // parts are of no use there: all of it is asked for
-	left     int  // attempts that may still be made
+	size     int64 // bytes there will be, -1 if nobody has said so far; the download's own size is what was known when it began
+	endpoint int   // which of the download's endpoints is asked next
+	whole    bool  // parts are of no use there: all of it is asked for
+	left     int   // attempts that may still be made
 	pause    backoff.ExponentialBackOff
 	since    time.Time // when the last byte came
 	trace    acproxy.Trace
@@ -69,7 +70,7 @@ func interrupted(err error) bool {
 func (d *download) receive(body io.ReadCloser, hasher *trust.Hasher) (acproxy.Digest, error) {
 	const inFlight = 16
 	r := &reception{
-		d: d, free: make(chan []byte, inFlight), full: make(chan []byte, inFlight), left: int(max(d.f.cfg.Retries, 0)), since: d.f.now(),
+		d: d, size: d.size, free: make(chan []byte, inFlight), full: make(chan []byte, inFlight), left: int(max(d.f.cfg.Retries, 0)), since: d.f.now(),
 		pause: backoff.ExponentialBackOff{InitialInterval: d.f.cfg.RetryWait, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxRetryWait},
 	}
 	for range inFlight {
@@ -154,8 +155,8 @@ func (r *reception) copy(body io.Reader) error {
 		switch {
 		case d.written+int64(n) > d.f.cfg.MaxImageSize:
 			return tooLarge(d.source, d.f.cfg.MaxImageSize)
-		case d.size >= 0 && d.written+int64(n) > d.size:
-			return r.broken("it goes on after the %d bytes that were announced", d.size)
+		case r.size >= 0 && d.written+int64(n) > r.size:
+			return r.broken("it goes on after the %d bytes that were announced", r.size)
 		}
 		if n > 0 {
 			if _, err := d.partial.Write(b[:n]); err != nil {
@@ -167,8 +168,8 @@ func (r *reception) copy(body io.Reader) error {
 		}
 		r.full <- b[:n]
 		switch {
-		case err == io.EOF && d.size >= 0 && d.written < d.size:
-			return &interruption{r.broken("it ends after %d of %d bytes", d.written, d.size)}
+		case err == io.EOF && r.size >= 0 && d.written < r.size:
+			return &interruption{r.broken("it ends after %d of %d bytes", d.written, r.size)}
 		case err == io.EOF:
 			return nil
 		case err != nil:
@@ -198,7 +199,7 @@ func (r *reception) again(cause error) (io.ReadCloser, error) {
 		if d.f.now().Add(wait).Sub(r.since) > d.f.cfg.RetryFor {
 			return nil, cause
 		}
-		d.f.log.Info("the receiving of an image was interrupted", "source", d.source, "bytes", d.written, "of", d.size, "again in", wait, "err", cause)
+		d.f.log.Info("the receiving of an image was interrupted", "source", d.source, "bytes", d.written, "of", r.size, "again in", wait, "err", cause)
 		select {
 		case <-time.After(wait):
 		case <-d.ctx.Done():
@@ -240,18 +241,23 @@ func (r *reception) answer(resp *http.Response, have int64, ranged bool) (io.Rea
 	d, url := r.d, r.d.endpoints[r.endpoint]
 	switch status := resp.StatusCode; {
 	case status == http.StatusPartialContent && ranged:
-		if _, err := checkPart(url, resp, have, d.size, d.partial.Arrival().Validators); err != nil {
+		total, err := checkPart(url, resp, have, r.size, d.partial.Arrival().Validators)
+		if err != nil {
 			r.whole = true
 			return nil, &interruption{err}
 		}
-		d.pieced = true
+		if total > d.f.cfg.MaxImageSize {
+			return nil, tooLarge(url, d.f.cfg.MaxImageSize)
+		}
+		// A part may end before what was asked for does (RFC 9110, section 15.3.7): its end is not that of the image.
+		r.size, d.pieced = total, true
 		return resp.Body, nil
 	case status == http.StatusOK:
 		if err := d.f.checkImageHeader(url, resp); err != nil {
 			return nil, r.drop(err)
 		}
-		if d.size >= 0 && resp.ContentLength >= 0 && resp.ContentLength != d.size {
-			return nil, r.drop(changed(url, "it now has %d bytes, where it had %d", resp.ContentLength, d.size))
+		if r.size >= 0 && resp.ContentLength >= 0 && resp.ContentLength != r.size {
+			return nil, r.drop(changed(url, "it now has %d bytes, where it had %d", resp.ContentLength, r.size))
 		}
 		if err := r.compare(resp.Body, have); err != nil {
 			return nil, err

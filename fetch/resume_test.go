@@ -92,6 +92,30 @@ func TestAnInterruptedImageGoesOn(t *testing.T) {
 	}
 }
 
+// TestTheRestInPieces has the publisher send less of the rest than was asked for, which it may.
+func TestTheRestInPieces(t *testing.T) {
+	for _, unknown := range []bool{false, true} {
+		t.Run(fmt.Sprintf("of unknown length %v", unknown), func(t *testing.T) {
+			s := newScene(t)
+			blob := s.publish(spec("1.0", badSize))
+			s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{TruncateAfter: publisher.At(badSize / 2), Times: 1})
+			s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{NoContentLength: unknown, RangeLength: badSize / 8})
+			s.want(s.app("1.0"), blob, Miss)
+			requests := s.imageRequests()
+			if n := len(requests); n < 4 {
+				t.Errorf("the image was asked for %d times: %v", n, requests)
+			}
+			var sent int64
+			for _, r := range requests {
+				sent += r.Bytes
+			}
+			if sent != int64(len(blob)) {
+				t.Errorf("the publisher sent %d bytes of %d", sent, len(blob))
+			}
+		})
+	}
+}
+
 // TestCutAtEveryByte cuts a small image at each of its bytes, and again at the next one.
 func TestCutAtEveryByte(t *testing.T) {
 	s := newScene(t)
