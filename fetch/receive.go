@@ -399,6 +399,9 @@ func checkPart(url string, resp *http.Response, from, size int64, said map[strin
 		return bad("its ETag is %.80q, where it was %.80q", resp.Header.Get("ETag"), said["ETag"])
 	case coding != "" && coding != "identity":
 		return bad("it came with Content-Encoding %q", coding)
+	case strings.HasPrefix(strings.ToLower(resp.Header.Get("Content-Type")), "multipart/byteranges"):
+		// RFC 9110, section 14.6: what comes are parts, each with a header of its own, whatever Content-Range says.
+		return bad("it came in several parts, where one was asked for")
 	}
 	return total, nil
 }

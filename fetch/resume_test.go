@@ -116,6 +116,20 @@ func TestTheRestInPieces(t *testing.T) {
 	}
 }
 
+// TestSeveralPartsAreNotTheRest has the publisher answer with multipart/byteranges, and say that it is the range that was asked for.
+func TestSeveralPartsAreNotTheRest(t *testing.T) {
+	s := newScene(t)
+	blob := s.publish(spec("1.0", badSize))
+	s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{TruncateAfter: publisher.At(badSize / 2), Times: 1})
+	lie := fmt.Sprintf("bytes %d-%d/%d", badSize/2, len(blob)-1, len(blob))
+	s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{MultipartRange: true, NoContentLength: true, Header: http.Header{"Content-Range": {lie}}, Skip: 1, Times: 1})
+	s.want(s.app("1.0"), blob, Miss)
+	requests := s.imageRequests()
+	if last := requests[len(requests)-1]; last.Status != http.StatusOK || last.Header.Get("Range") != "" {
+		t.Errorf("the last answer was %v, want all of the image", last)
+	}
+}
+
 // TestCutAtEveryByte cuts a small image at each of its bytes, and again at the next one.
 func TestCutAtEveryByte(t *testing.T) {
 	s := newScene(t)
