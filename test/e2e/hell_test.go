@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"net"
 	"net/http"
@@ -11,6 +12,10 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/internal/admin"
 )
 
 // chaos names the environment variable that asks for the long form of the tests in which everybody misbehaves: all offsets instead of some, more clients,
@@ -108,3 +113,64 @@ func (s *scene) raw(scheme string) net.Conn {
 	s.t.Cleanup(func() { _ = conn.Close() })
 	return conn
 }
+
+// holdsOnly checks that nothing is held but these images, of which some may be missing.
+func (s *scene) holdsOnly(images ...image) {
+	s.t.Helper()
+	known := make(map[string]bool)
+	for _, im := range images {
+		known["sha256:"+im.sum] = true
+	}
+	client := must(admin.Dial(s.path("data", "admin.sock")))(s.t)
+	for after, first := "", true; first || after != ""; first = false {
+		records, next, err := client.Images(cache.Filter{}, after, 1000)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for _, rec := range records {
+			if !known[rec.Digest.String()] && !rec.Quarantined() {
+				s.t.Errorf("held is %s with %d bytes, %v, which nobody published", rec.Name, rec.Size, rec.Digest)
+			}
+		}
+		after = next
+	}
+}
+
+// watch looks at the server's anonymous memory until what it returns is called, which returns by how much that grew at the most.
+func (s *scene) watch() (stop func() int64) {
+	p := s.server()
+	before, over, grown := p.anonymous(), make(chan struct{}), make(chan int64, 1)
+	// Ends when stop is called, which waits for it.
+	go func() {
+		every := time.NewTicker(10 * time.Millisecond)
+		defer every.Stop()
+		for most := before; ; {
+			most = max(most, p.anonymous())
+			select {
+			case <-over:
+				grown <- most - before
+				return
+			case <-every.C:
+			}
+		}
+	}()
+	return func() int64 {
+		close(over)
+		return <-grown
+	}
+}
+
+// wantPeak checks by how much memory grew. A binary that looks for races takes many times as much.
+func wantPeak(t testing.TB, grown, most int64) {
+	t.Helper()
+	if raceEnabled {
+		most *= 6
+	}
+	if grown > most {
+		t.Errorf("the server's memory grew by %d MiB, want no more than %d", grown>>20, most>>20)
+	}
+	t.Logf("the server's memory grew by %d MiB", grown>>20)
+}
+
+// sumOf returns the SHA-256 of bytes, in hex.
+func sumOf(b []byte) string { return fmt.Sprintf("%x", sha256.Sum256(b)) }
