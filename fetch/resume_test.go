@@ -146,6 +146,64 @@ func TestCutAtEveryByte(t *testing.T) {
 	}
 }
 
+// TestResetAtEveryByte resets the connection of a small image at each of its bytes: what was on its way may be lost then.
+func TestResetAtEveryByte(t *testing.T) {
+	step := int64(1)
+	if testing.Short() {
+		step = 13
+	}
+	s := newScene(t)
+	for at := int64(0); ; at += step {
+		version := fmt.Sprintf("1.%d", at)
+		blob := s.publish(acitest.Spec{Name: "example.com/app", Labels: labels(version)})
+		if at > int64(len(blob)) {
+			break
+		}
+		s.pub.Behave()
+		s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{ResetAfter: &at, Times: 1})
+		s.want(s.app(version), blob, Miss)
+	}
+}
+
+// TestCutOnTheWire ends a connection after so many bytes of whatever it carries: handshake, frames, signature or image. Where nothing of the image had come
+// the answer is an error; the next one is right, and nothing is held that isn't.
+func TestCutOnTheWire(t *testing.T) {
+	step := int64(97)
+	if os.Getenv("ACPROXY_CHAOS") != "" {
+		step = 1
+	}
+	s := newScene(t)
+	whole := 0
+	for at := int64(0); at < 6000; at += step {
+		version := fmt.Sprintf("1.%d", at)
+		blob := s.publish(acitest.Spec{Name: "example.com/app", Labels: labels(version)})
+		fault := publisher.ConnFault{CutAfter: &at, Times: 1}
+		if at%2 == 1 {
+			fault = publisher.ConnFault{ResetAfter: &at, Times: 1}
+		}
+		// The connection that there is knows nothing of faults.
+		s.client.Close()
+		s.pub.Behave()
+		s.pub.MisbehaveTLS("storage.example.com", fault)
+		got, _, err := s.get(s.app(version))
+		switch {
+		case err == nil && bytes.Equal(got, blob):
+			whole++
+		case err == nil:
+			t.Errorf("cut after %d bytes: %d other bytes", at, len(got))
+		case !errors.Is(err, acproxy.ErrPublisher):
+			t.Errorf("cut after %d bytes: %v, want the publisher's fault", at, err)
+		}
+		s.idle()
+		if got, _, err := s.get(s.app(version)); err != nil || !bytes.Equal(got, blob) {
+			t.Errorf("after a cut after %d bytes: %d bytes, %v", at, len(got), err)
+		}
+	}
+	if whole == 0 {
+		t.Error("no image came in spite of a cut, not even of one after its end")
+	}
+}
+
 func TestWhatDoesNotFitIsNotPutTogether(t *testing.T) {
 	other := acitest.Must(t, acitest.Spec{Name: "example.com/app", Labels: labels("1.0"), RootfsSize: badSize, Compression: acitest.None, Seed: 1})
 	half := publisher.Fault{TruncateAfter: publisher.At(badSize / 2), Times: 1}
