@@ -60,14 +60,17 @@ const (
 const (
 	CodeMissing = "blob-missing" // the blob's file is gone
 	CodeDamaged = "blob-damaged" // the blob's file has another size than was written; it was moved to the quarantine directory
+	CodeCorrupt = "blob-corrupt" // the blob's file has other bytes than were written, or can't be read; it was moved to the quarantine directory
 )
 
 // Quarantined reports whether the image must not be served. Its bytes are kept.
 func (r Record) Quarantined() bool { return r.State == Quarantined }
 
-// lost reports whether the image's bytes are not there any more.
+// Lost reports whether the image's bytes are not there any more, so that it has to be fetched again.
+func (r Record) Lost() bool { return r.lost() }
+
 func (r Record) lost() bool {
-	return r.Quarantined() && (r.Code == CodeMissing || r.Code == CodeDamaged)
+	return r.Quarantined() && (r.Code == CodeMissing || r.Code == CodeDamaged || r.Code == CodeCorrupt)
 }
 
 // A Dependency is another image that an image needs (appc specification, "Image Manifest Schema", dependencies).
@@ -185,6 +188,8 @@ type Store interface {
 	HasName(name string) (bool, error)
 	// Uninspected returns the images whose inspection is not finished, quarantined ones excepted.
 	Uninspected() ([]Record, error)
+	// Lost returns the images whose bytes are lost, so that they have to be fetched again.
+	Lost() ([]Record, error)
 	// Images returns up to limit images, 0 for all, by name and version: those after the place that the call before returned, "" for the first
 	// call. It returns "" as the next place when there are no more.
 	Images(filter Filter, after string, limit int) (records []Record, next string, err error)

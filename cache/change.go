@@ -24,6 +24,11 @@ import (
 //
 //	sidecar: create, write, fsync, rename, fsync directory ─▶ index transaction (shared), fsync
 func (d *Disk) save(ix *index, img *image) (displaced []acproxy.Digest, err error) {
+	return d.saveAnd(ix, img, nil)
+}
+
+// saveAnd is save with a function, nil for none, that is called in the moment in which the index has it, with the mutex of the space held.
+func (d *Disk) saveAnd(ix *index, img *image, then func()) (displaced []acproxy.Digest, err error) {
 	file, err := img.seal()
 	if err != nil {
 		return nil, err
@@ -35,7 +40,7 @@ func (d *Disk) save(ix *index, img *image) (displaced []acproxy.Digest, err erro
 		d.space.release(beside)
 		return nil, err
 	}
-	w := &write{loose: -beside, effects: []effect{{img.Record.Digest, img.Refs}}, change: func(tx *bolt.Tx) (err error) {
+	w := &write{loose: -beside, then: then, effects: []effect{{img.Record.Digest, img.Refs}}, change: func(tx *bolt.Tx) (err error) {
 		displaced, err = putImage(tx, img)
 		return err
 	}}

@@ -59,11 +59,18 @@ type Options struct {
 	// all.
 	KeepPartials time.Duration
 	Quota        Quota // how much space the store may take
-	// Idle keeps the store from evicting anything that doesn't stand in the way of something that arrives. It is for those who only look into it.
+	// Idle keeps the store from scrubbing in the background, and from evicting anything that doesn't stand in the way of something that arrives. It is for
+	// those who only look into it.
 	Idle bool
 	// Evicted is told everything that is evicted. It may be called by any goroutine, must not block for long, and must not call the store. nil means
 	// nobody is told.
 	Evicted func(Eviction)
+	// Scrub is how what is kept is read again in the background.
+	Scrub Schedule
+	// Inspect reads an image to its end and returns its image ID. nil means that image IDs are not checked again.
+	Inspect func(io.Reader) (acproxy.ImageID, error)
+	// Lost is told of every image whose bytes turn out to be lost. What Evicted may do, it may. nil means nobody is told.
+	Lost func(Record)
 	// Free says how many bytes of the file system are free; nil means that the operating system is asked.
 	Free func() (int64, error)
 	// MaxMapped is about how many bytes of the index stay mapped into memory between uses; 0 means DefaultMaxMapped. A smaller number makes
@@ -89,6 +96,9 @@ type Disk struct {
 	maxMapped    int64
 	idle         bool
 	tellEvicted  func(Eviction)
+	tellLost     func(Record)
+	inspect      func(io.Reader) (acproxy.ImageID, error)
+	schedule     Schedule
 	lock         *os.File
 	readOnly     bool // the directory was on a read-only file system when it was opened
 
@@ -111,6 +121,7 @@ type Disk struct {
 	wakeups  chan struct{} // tells the evictor to look what there is to do
 	demands  chan demand
 	surveyed *survey // the evictor's own
+	scrub    scrub
 
 	memory *memory // of what the index says
 
@@ -138,9 +149,22 @@ var _ Store = (*Disk)(nil)
 // What is in a store on a read-only file system can be read, if its index is in order; all that would change it is an error matching
 // [acproxy.ErrNoSpace], also when the file system can be written again.
 func Open(dir string, opts Options) (*Disk, error) {
+	d := newDisk(dir, opts)
+	if err := d.open(); err != nil {
+		d.cancel()
+		if d.lock != nil {
+			err = errors.Join(err, d.lock.Close())
+		}
+		return nil, fmt.Errorf("opening the store in %s: %w", dir, noSpace(err))
+	}
+	return d, nil
+}
+
+// newDisk returns a store that isn't open.
+func newDisk(dir string, opts Options) *Disk {
 	d := &Disk{
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
-		idle: opts.Idle, tellEvicted: opts.Evicted, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
+		idle: opts.Idle, tellEvicted: opts.Evicted, tellLost: opts.Lost, inspect: opts.Inspect, schedule: opts.Scrub, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
 		memory: newMemory(), cleaned: make(chan struct{}), changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
 		suspended: make(map[string]suspended), shards: make(map[string]bool),
 	}
@@ -168,23 +192,19 @@ func Open(dir string, opts Options) (*Disk, error) {
 	}
 	d.space = newSpace(opts.Quota, free, d.wake)
 	d.leases.space = d.space
+	d.scrub.one = make(chan struct{}, 1)
 	d.ctx, d.cancel = context.WithCancel(context.Background())
-	if err := d.open(); err != nil {
-		d.cancel()
-		if d.lock != nil {
-			err = errors.Join(err, d.lock.Close())
-		}
-		return nil, fmt.Errorf("opening the store in %s: %w", dir, noSpace(err))
-	}
-	return d, nil
+	return d
 }
 
 func (d *Disk) open() error {
 	if err := d.fsys.MkdirAll(d.dir, dirPerm); err != nil {
 		return err
 	}
-	if err := d.lockDir(); err != nil {
-		return err
+	if d.lock == nil {
+		if err := d.lockDir(); err != nil {
+			return err
+		}
 	}
 	if err := d.layOut(); err != nil {
 		return err
@@ -225,6 +245,10 @@ func (d *Disk) open() error {
 	d.wg.Go(d.evictor)
 	d.wg.Go(func() { d.clean(leftovers) })
 	d.wg.Go(d.measure)
+	if !d.idle && !d.readOnly {
+		// It ends with ctx, which Close cancels before it waits for it.
+		d.wg.Go(d.scrubInTime)
+	}
 	return nil
 }
 
@@ -262,6 +286,14 @@ func (d *Disk) makeShard(digest acproxy.Digest) error {
 }
 
 func (d *Disk) sidecarPath(digest acproxy.Digest) string { return d.blobPath(digest) + sidecarExt }
+
+// relative returns a path as seen from the store's directory.
+func (d *Disk) relative(path string) string {
+	if rel, err := filepath.Rel(d.dir, path); err == nil {
+		return rel
+	}
+	return path
+}
 
 // temp returns the name of a file that doesn't exist yet.
 func (d *Disk) temp() string { return d.path(partialDir, rand.Text()) }

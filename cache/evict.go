@@ -68,10 +68,24 @@ type Plan struct {
 	Sums   map[string]int64 `json:"keptBytes,omitempty"` // bytes by the reason for keeping them, those that weren't looked at left out
 }
 
+// MaxTold bounds the evictions that a [Freed] names. The sums count all.
+const MaxTold = 10_000
+
 // Freed is what an eviction has come to.
 type Freed struct {
 	Bytes   int64      `json:"bytes"`
-	Evicted []Eviction `json:"evicted,omitempty"`
+	Count   int        `json:"count"`
+	Evicted []Eviction `json:"evicted,omitempty"` // at most MaxTold of them
+}
+
+func (f *Freed) add(evicted ...Eviction) {
+	for _, e := range evicted {
+		f.Bytes += e.Bytes
+		f.Count++
+		if len(f.Evicted) < MaxTold {
+			f.Evicted = append(f.Evicted, e)
+		}
+	}
 }
 
 // demand is what somebody asks of the evictor beside space that is promised: a number of bytes, as many as can be had.
@@ -249,8 +263,7 @@ func (d *Disk) evictFor(q demand) (Freed, error) {
 			return all, err
 		}
 		freed, err := d.evict(plan.victims, q.why)
-		all.Bytes += freed.Bytes
-		all.Evicted = append(all.Evicted, freed.Evicted...)
+		all.add(freed.Evicted...)
 		if err != nil {
 			return all, err
 		}

@@ -128,6 +128,34 @@ func openIndex(path string, memory *memory, space *space, maxMapped int64) (*ind
 	return x, nil
 }
 
+// readIndex opens an existing file for reading only: nothing is written to it, and what is to be written is never done. It is checked, but for its rows.
+func readIndex(ctx context.Context, path string) (*index, error) {
+	if _, err := checkHead(path); err != nil {
+		return nil, err
+	}
+	x := &index{path: path, safe: make(chan struct{}), memory: newMemory(), writes: make(chan *write), quit: make(chan struct{})}
+	err := x.check(ctx)
+	if err == nil {
+		x.snapshots.f, err = os.Open(path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	err = x.guard(func() (err error) {
+		x.db, err = bolt.Open(path, filePerm, &bolt.Options{Timeout: openTimeout, ReadOnly: true, NoStatistics: true})
+		return err
+	})
+	if err != nil {
+		x.closeFiles()
+		return nil, err
+	}
+	x.mapped.max = DefaultMaxMapped
+	if err := x.release(); err != nil {
+		return nil, errors.Join(err, x.close())
+	}
+	return x, nil
+}
+
 // checkHead looks at what bbolt relies on when it opens a file, and returns the file's size.
 func checkHead(path string) (int64, error) {
 	f, err := os.Open(path)

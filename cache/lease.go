@@ -93,9 +93,9 @@ func (ls *leases) stands(l *lease) bool {
 }
 
 // give ends what take or join began.
-func (ls *leases) give(l *lease) {
+func (ls *leases) give(l *lease, watch bool) {
 	ls.mu.Lock()
-	l.add(false, -1)
+	l.add(watch, -1)
 	var left int64
 	if l.idle() {
 		left, l.left = l.left, 0
@@ -115,7 +115,7 @@ func (ls *leases) give(l *lease) {
 
 // blob returns an open file with the lease that was taken for it.
 func (ls *leases) blob(f *os.File, l *lease) *Blob {
-	return &Blob{File: f, done: func() { ls.give(l) }}
+	return &Blob{File: f, done: func() { ls.give(l, false) }}
 }
 
 // inUse reports whether a blob has to stay because somebody reads it. If so, the end of that is told to space.

@@ -295,13 +295,13 @@ func (d *Disk) OpenBlob(digest acproxy.Digest) (*Blob, error) {
 		case err == nil:
 			// It may be the file of before, or the one after it.
 			err = f.Close()
-			d.leases.give(l)
+			d.leases.give(l, false)
 			if err != nil {
 				return nil, err
 			}
 			continue
 		}
-		d.leases.give(l)
+		d.leases.give(l, false)
 		if errors.Is(err, errNotWhole) {
 			// Somebody may just have put it right, or have taken it away.
 			return d.openOrLose(digest)
@@ -346,7 +346,7 @@ func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
 	if err == nil {
 		return d.leases.blob(f, l), nil
 	}
-	d.leases.give(l)
+	d.leases.give(l, false)
 	if !errors.Is(err, errNotWhole) {
 		return nil, err
 	}
@@ -357,21 +357,54 @@ func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
 	code := CodeMissing
 	if !errors.Is(err, fs.ErrNotExist) {
 		code = CodeDamaged
-		if err := d.setAside(d.blobPath(digest), err.Error()); err != nil {
-			return nil, fmt.Errorf("setting aside what is left of %v: %w", digest, noSpace(err))
+	}
+	if err := d.loseLocked(img, code, err.Error()); err != nil {
+		// Not one that says that the image isn't there: as long as the index says that it is, nobody fetches it again.
+		return nil, err
+	}
+	return nil, gone
+}
+
+// loseLocked marks an image as one whose bytes are lost, and moves what is there in their place to the quarantine directory. The caller holds the lock
+// of its digest.
+func (d *Disk) loseLocked(img *image, code, why string) error {
+	digest := img.Record.Digest
+	aside := int64(0)
+	d.measuring.RLock()
+	defer d.measuring.RUnlock()
+	if code != CodeMissing {
+		var err error
+		if aside, err = d.moveAside(d.blobPath(digest), why); err != nil {
+			return fmt.Errorf("setting aside what is left of %v: %w", digest, noSpace(err))
 		}
 	}
 	lose(&img.Record, code)
-	d.log.Error("an image's bytes are lost", "digest", digest, "name", img.Record.Name, "code", code)
-	err = d.on(func(ix *index) error {
-		_, err := d.save(ix, img)
+	d.log.Error("an image's bytes are lost", "digest", digest, "name", img.Record.Name, "code", code, "why", why)
+	err := d.on(func(ix *index) error {
+		// Until the index knows, it counts what is in the quarantine directory by now.
+		_, err := d.saveAnd(ix, img, func() {
+			d.space.quarantine += aside
+			aside = 0
+		})
 		return err
 	})
-	if err != nil {
-		// Not one that says that the image isn't there: as long as the index says that it is, nobody fetches it again.
-		return nil, fmt.Errorf("noting that the bytes of %v are lost: %w", digest, err)
+	if aside > 0 {
+		d.countAside(aside)
 	}
-	return nil, gone
+	if err != nil {
+		return fmt.Errorf("noting that the bytes of %v are lost: %w", digest, err)
+	}
+	if d.tellLost != nil {
+		d.tellLost(img.Record)
+	}
+	return nil
+}
+
+// Lost implements [Store].
+func (d *Disk) Lost() ([]Record, error) {
+	return d.records(0, func(tx *bolt.Tx, found func(acproxy.Digest) error) error {
+		return scan(tx, bucketQuarantined, nil, nil, keyed(found))
+	}, Record.lost)
 }
 
 // maxByImageID bounds what ByImageID returns.

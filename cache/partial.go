@@ -259,7 +259,7 @@ func (p *Partial) Open() (*Blob, error) {
 	}
 	f, err := os.Open(p.path)
 	if err != nil {
-		ls.give(l)
+		ls.give(l, false)
 		if errors.Is(err, fs.ErrNotExist) {
 			err = discarded
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -440,6 +441,22 @@ func diskBytes(fi os.FileInfo) int64 {
 	return blocks(fi.Size())
 }
 
+// weigh returns the space that a file takes, or a directory with all that is in it.
+func weigh(path string) int64 {
+	var sum int64
+	// What can't be looked at is not counted; it is not much.
+	_ = filepath.WalkDir(path, func(_ string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return nil
+		}
+		if fi, err := e.Info(); err == nil {
+			sum += diskBytes(fi)
+		}
+		return nil
+	})
+	return sum
+}
+
 // measure counts what only the file system can tell: once, beside the serving, before anything is promised by it.
 func (d *Disk) measure() {
 	// Nothing of what is counted here is changed meanwhile.
@@ -449,9 +466,9 @@ func (d *Disk) measure() {
 	if err != nil {
 		d.log.Error("counting what is known of names", "err", err)
 	}
-	quarantine, err := sizes(d.path(quarantineDir), nil)
-	if err != nil {
-		d.log.Error("counting the quarantine directory", "err", err)
+	quarantine := int64(0)
+	for _, e := range readable(d.path(quarantineDir)) {
+		quarantine += weigh(d.path(quarantineDir, e.Name()))
 	}
 	aside, err := sizes(d.dir, func(name string) bool {
 		return name != indexFile && strings.HasPrefix(name, indexFile) || name == refTableFile

@@ -19,8 +19,7 @@ func (d *Disk) evict(victims []victim, reason string) (Freed, error) {
 	tell := func(evicted ...Eviction) {
 		for _, e := range evicted {
 			e.Reason = reason
-			all.Bytes += e.Bytes
-			all.Evicted = append(all.Evicted, e)
+			all.add(e)
 			d.evicted(e)
 		}
 	}

@@ -164,16 +164,8 @@ func (d *Disk) clean(leftovers []fs.DirEntry) {
 
 // readopt takes a partial file that an earlier process has left among those that can be resumed. It reports false if the file is of no use.
 func (d *Disk) readopt(path string) bool {
-	note, err := readSmall(notePath(path), maxSidecar)
+	arrival, fi, err := d.partialNote(path)
 	if err != nil {
-		return false
-	}
-	var arrival Arrival
-	fi, err := os.Lstat(path)
-	if err != nil || unseal(note, &arrival) != nil || !fi.Mode().IsRegular() {
-		return false
-	}
-	if arrival.Key == "" || fi.Size() == 0 || arrival.Size >= 0 && fi.Size() > arrival.Size || d.now().Sub(fi.ModTime()) >= d.keepPartials {
 		return false
 	}
 	d.mu.Lock()
@@ -189,6 +181,25 @@ func (d *Disk) readopt(path string) bool {
 	d.space.loose += s.bytes()
 	d.space.suspended += s.bytes()
 	return true
+}
+
+// partialNote returns the note of a partial file. It returns an error if the file is of no use.
+func (d *Disk) partialNote(path string) (arrival Arrival, fi fs.FileInfo, err error) {
+	note, err := readSmall(notePath(path), maxSidecar)
+	if err == nil {
+		err = unseal(note, &arrival)
+	}
+	if err == nil {
+		fi, err = os.Lstat(path)
+	}
+	switch {
+	case err != nil:
+	case !fi.Mode().IsRegular(), arrival.Key == "", fi.Size() == 0, arrival.Size >= 0 && fi.Size() > arrival.Size:
+		err = errors.New("it can't be the beginning of what its note is about")
+	case d.now().Sub(fi.ModTime()) >= d.keepPartials:
+		err = errors.New("it is too old")
+	}
+	return arrival, fi, err
 }
 
 // expire removes what has arrived of images that nobody has asked for since.

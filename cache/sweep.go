@@ -141,9 +141,8 @@ func (d *Disk) list(name string) (map[acproxy.Digest]found, error) {
 	}
 	files := make(map[acproxy.Digest]found, len(names)/2)
 	for _, file := range names {
-		digits, isSidecar := strings.CutSuffix(file, sidecarExt)
-		digest, err := acproxy.ParseDigest("sha256:" + digits)
-		if err != nil || digits[:2] != name {
+		digest, isSidecar, ok := shardFile(name, file)
+		if !ok {
 			if err := d.setAside(d.path(blobDir, name, file), "nothing of this name belongs here"); err != nil {
 				return nil, err
 			}
@@ -155,6 +154,13 @@ func (d *Disk) list(name string) (map[acproxy.Digest]found, error) {
 		files[digest] = f
 	}
 	return files, nil
+}
+
+// shardFile reads the name of a file in a shard's directory. It reports false if there is no such file in a store.
+func shardFile(shard, file string) (digest acproxy.Digest, isSidecar, ok bool) {
+	digits, isSidecar := strings.CutSuffix(file, sidecarExt)
+	digest, err := acproxy.ParseDigest("sha256:" + digits)
+	return digest, isSidecar, err == nil && digits[:2] == shard
 }
 
 // adopt takes images into the index whose blobs and sidecars are there. It returns those whose sidecars can't be read, and those whose sidecars
@@ -298,6 +304,7 @@ func lose(rec *Record, code string) {
 	rec.Reason = map[string]string{
 		CodeMissing: "the file with its bytes is gone from the store",
 		CodeDamaged: "the file with its bytes had another size than it should have; it was set aside",
+		CodeCorrupt: "the file with its bytes had others than it should have, or could not be read; it was set aside",
 	}[code]
 }
 
@@ -305,30 +312,34 @@ func lose(rec *Record, code string) {
 //
 //	write reason ─▶ rename ─▶ fsync both directories
 func (d *Disk) setAside(path, reason string) error {
+	d.measuring.RLock()
+	defer d.measuring.RUnlock()
+	n, err := d.moveAside(path, reason)
+	if err == nil {
+		d.countAside(n)
+	}
+	return err
+}
+
+// moveAside is setAside without counting: it returns what there is to count. The caller holds measuring until it is counted.
+func (d *Disk) moveAside(path, reason string) (int64, error) {
 	aside := d.path(quarantineDir, safeName(filepath.Base(path))+"-"+rand.Text()[:8])
 	d.log.Error("setting a file aside", "file", path, "kept", aside, "reason", reason)
 	note := fmt.Sprintf("%s\nfrom %s\n%s\n", d.now().UTC().Format("2006-01-02T15:04:05Z"), path, reason)
 	if err := durable.Replace(d.fsys, d.temp(), aside+reasonExt, []byte(note), filePerm); err != nil {
-		return err
+		return 0, err
 	}
-	d.measuring.RLock()
-	defer d.measuring.RUnlock()
 	if err := d.fsys.Rename(path, aside); err != nil {
-		return err
+		return 0, err
 	}
-	d.countAside(aside)
-	return errors.Join(d.fsys.SyncDir(d.path(quarantineDir)), d.fsys.SyncDir(filepath.Dir(path)))
+	return weigh(aside) + weigh(aside+reasonExt), errors.Join(d.fsys.SyncDir(d.path(quarantineDir)), d.fsys.SyncDir(filepath.Dir(path)))
 }
 
-// countAside counts a file that has come to the quarantine directory, and its reason.
-func (d *Disk) countAside(path string) {
-	for _, name := range []string{path, path + reasonExt} {
-		if fi, err := os.Lstat(name); err == nil {
-			d.space.mu.Lock()
-			d.space.quarantine += diskBytes(fi)
-			d.space.mu.Unlock()
-		}
-	}
+// countAside counts what has come to the quarantine directory.
+func (d *Disk) countAside(n int64) {
+	d.space.mu.Lock()
+	defer d.space.mu.Unlock()
+	d.space.quarantine += n
 }
 
 // safeName cuts a name that somebody may have put into the directory by hand.
@@ -375,6 +386,18 @@ func (d *Disk) sweepNames(ix *index) error {
 
 // readName reads what is kept of discovery about one name. What can't be read is moved to the quarantine directory.
 func (d *Disk) readName(path string) (k Discovered, ok bool, err error) {
+	k, err = d.parseName(path)
+	switch {
+	case err == nil:
+		return k, true, nil
+	case errors.Is(err, errUnreadable):
+		return k, false, d.setAside(path, err.Error())
+	}
+	return k, false, err
+}
+
+// parseName reads what is kept of discovery about one name. The error matches errUnreadable if trying again won't help.
+func (d *Disk) parseName(path string) (k Discovered, err error) {
 	b, err := readSmall(path, maxSidecar)
 	switch {
 	case err == nil:
@@ -382,10 +405,10 @@ func (d *Disk) readName(path string) (k Discovered, ok bool, err error) {
 			err = fmt.Errorf("it is about %q", k.Name)
 		}
 	case !errors.Is(err, syscall.EIO) && !errors.Is(err, syscall.EISDIR):
-		return k, false, err
+		return k, err
 	}
 	if err != nil {
-		return k, false, d.setAside(path, err.Error())
+		err = fmt.Errorf("it %w: %w", errUnreadable, err)
 	}
-	return k, true, nil
+	return k, err
 }

@@ -382,7 +382,7 @@ func (d *download) checkHeld(rec cache.Record) error {
 		return quarantined(barred.(cache.Record))
 	}
 	held, err := d.f.cfg.Store.Record(rec.Digest)
-	if err != nil || rec.Inspected || !held.Quarantined() || lost(held) {
+	if err != nil || rec.Inspected || !held.Quarantined() || held.Lost() {
 		return nil
 	}
 	return quarantined(held)

@@ -86,7 +86,7 @@ const codeQuarantined = "quarantined"
 
 // quarantined returns why a quarantined image isn't served. One whose bytes are lost counts as not there.
 func quarantined(rec cache.Record) error {
-	if lost(rec) {
+	if rec.Lost() {
 		return &acproxy.Error{
 			Kind: acproxy.ErrNotFound, Code: "blob-gone",
 			Detail: fmt.Sprintf("the image of %s with digest %v was held, but %s", rec.Name, rec.Digest, rec.Reason),
@@ -96,10 +96,6 @@ func quarantined(rec cache.Record) error {
 		Kind: acproxy.ErrRefused, Code: codeQuarantined,
 		Detail: fmt.Sprintf("the image of %s with digest %v is quarantined: %s", rec.Name, rec.Digest, rec.Reason),
 	}
-}
-
-func lost(rec cache.Record) bool {
-	return rec.Quarantined() && (rec.Code == cache.CodeMissing || rec.Code == cache.CodeDamaged)
 }
 
 // distrusted reports whether a held image is not served because of what the keys and the policy say now: that may change, and the publisher may

@@ -118,7 +118,7 @@ func notEnough(p *printer, plan cache.Plan) {
 func showFreed(w io.Writer, plan cache.Plan, freed cache.Freed) error {
 	p := newPrinter(w)
 	evictions(p, freed.Evicted)
-	p.printf("%s evicted, %s\n", count(len(freed.Evicted), "thing"), bytesText(freed.Bytes))
+	p.printf("%s evicted, %s\n", count(freed.Count, "thing"), bytesText(freed.Bytes))
 	notEnough(p, plan)
 	return p.err
 }
