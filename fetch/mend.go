@@ -1,0 +1,94 @@
+package fetch
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+)
+
+// Damaged returns what is to be said of an image whose bytes turned out to be lost.
+func Damaged(rec cache.Record, now time.Time) Decision {
+	d := decision(EventDamaged, rec)
+	d.Time, d.Outcome, d.Detail, d.Policy = now.UTC(), rec.Code, rec.Reason, rec.Policy
+	return d
+}
+
+// Mended counts what Mend came to.
+type Mended struct {
+	Lost   int // images whose bytes were lost
+	Mended int // of these are whole again
+}
+
+// Mend fetches the images again whose bytes the store has lost, one after the other, the pinned ones first. It dials nobody for those that are to be
+// served offline. That an image can't be had is logged; the next call tries again.
+func (f *Fetcher) Mend(ctx context.Context) (Mended, error) {
+	records, err := f.cfg.Store.Lost()
+	if err != nil {
+		return Mended{}, err
+	}
+	slices.SortStableFunc(records, func(a, b cache.Record) int { return -cmp.Compare(weight(a), weight(b)) })
+	counted := Mended{Lost: len(records)}
+	for _, rec := range records {
+		if ctx.Err() != nil {
+			return counted, context.Cause(ctx)
+		}
+		err := f.Refetch(ctx, rec)
+		switch {
+		case err == nil:
+			counted.Mended++
+			f.log.Info("an image that was lost is whole again", "name", rec.Name, "digest", rec.Digest)
+		case errors.Is(err, acproxy.ErrOffline):
+			f.log.Debug("an image that is lost stays so while offline", "name", rec.Name, "digest", rec.Digest)
+		case ctx.Err() == nil:
+			f.log.Warn("an image that is lost could not be fetched again", "name", rec.Name, "digest", rec.Digest, "err", err)
+		}
+	}
+	return counted, nil
+}
+
+func weight(rec cache.Record) int {
+	if rec.Pinned {
+		return 1
+	}
+	return 0
+}
+
+// Refetch fetches an image again whose bytes the store has lost. It joins whoever is fetching it already. If its publisher has other bytes by now that
+// is an error matching [acproxy.ErrNotFound]; one that must not be asked gives an error matching [acproxy.ErrOffline].
+func (f *Fetcher) Refetch(ctx context.Context, rec cache.Record) error {
+	ref, err := acproxy.NewRef(rec.Name, rec.Labels)
+	if err == nil {
+		err = f.allowed(ref.Name())
+	}
+	if err != nil {
+		return err
+	}
+	if f.cfg.Offline || f.policy(ref.Name()).Offline {
+		return &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: ref.String() + " can't be fetched again, because this proxy is offline"}
+	}
+	a, err := f.ask(ctx, Request{Ref: ref})
+	if err != nil {
+		return err
+	}
+	if a.download != nil {
+		select {
+		case <-a.download.decided:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if _, err := a.download.outcome(); err != nil {
+			return err
+		}
+	}
+	now, err := f.cfg.Store.Record(rec.Digest)
+	if err == nil && now.Lost() {
+		err = &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "blob-gone", Detail: fmt.Sprintf("the publisher of %v has other bytes now than those with the digest %v", ref, rec.Digest)}
+	}
+	return err
+}
