@@ -15,6 +15,7 @@ import (
 func TestNamesKeepPrometheusRules(t *testing.T) {
 	m := New("1.0")
 	m.Decided(fetch.Decision{Event: fetch.EventAccepted, Outcome: "accepted"})
+	m.Watch(store{})
 	problems, err := testutil.GatherAndLint(m.registry)
 	if err != nil {
 		t.Fatal(err)
