@@ -232,7 +232,17 @@ func signersText(rec cache.Record) string {
 }
 
 func stateText(rec cache.Record) string {
+	text := healthText(rec)
+	if rec.Pinned {
+		text += ", pinned"
+	}
+	return text
+}
+
+func healthText(rec cache.Record) string {
 	switch {
+	case rec.Lost():
+		return "lost: " + rec.Reason
 	case rec.Quarantined():
 		return "quarantined: " + rec.Reason
 	case !rec.Inspected:

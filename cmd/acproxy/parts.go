@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
@@ -193,6 +195,7 @@ type parts struct {
 	ca      *localca.CA // nil if there is none
 	audit   *audit.File
 	metrics *metrics.Metrics
+	lost    chan struct{} // says that an image was found to be lost since somebody last looked
 }
 
 // judged is the store with the state that the keys give its images now.
@@ -214,6 +217,24 @@ func (p *parts) evicted(e cache.Eviction) {
 	}
 }
 
+// lostImage is told of every image whose bytes turn out to be lost.
+func (p *parts) lostImage(rec cache.Record) {
+	p.decided(fetch.Damaged(rec, time.Now()))
+	select {
+	case p.lost <- struct{}{}:
+	default: // one that nobody has looked at yet stands for this one, too
+	}
+}
+
+// inspector returns what finds out the image ID of what is held already.
+func inspector(cfg *config.Config) func(io.Reader) (acproxy.ImageID, error) {
+	lim := limits(cfg)
+	return func(r io.Reader) (acproxy.ImageID, error) {
+		found, err := aci.Inspect(r, lim, nil)
+		return found.ID, err
+	}
+}
+
 // quota returns how much space the store may take.
 func quota(cfg *config.Config) cache.Quota {
 	c := cfg.Cache
@@ -224,7 +245,7 @@ func quota(cfg *config.Config) cache.Quota {
 
 // newParts opens everything. close closes it. With idle it is to be looked into: nothing is evicted by itself.
 func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err error) {
-	p = &parts{cfg: cfg, log: log, via: "acproxy-" + strings.ToLower(rand.Text()[:12]), metrics: metrics.New(buildVersion())}
+	p = &parts{cfg: cfg, log: log, via: "acproxy-" + strings.ToLower(rand.Text()[:12]), metrics: metrics.New(buildVersion()), lost: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -253,11 +274,13 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 	p.metrics.Publishers(p.web.Hosts)
 	p.store, err = cache.Open(storeDir(cfg), cache.Options{
 		FlushEvery: time.Duration(cfg.Cache.AccessFlush), KeepPartials: orNone[time.Duration](cfg.Cache.KeepPartials), Log: log,
-		Quota: quota(cfg), Idle: idle, Evicted: p.evicted,
+		Quota: quota(cfg), Idle: idle, Evicted: p.evicted, Lost: p.lostImage, Inspect: inspector(cfg),
+		Scrub: cache.Schedule{Every: time.Duration(cfg.Scrub.Every), Rate: int64(cfg.Scrub.Rate)},
 	})
 	if err != nil {
 		return p, err
 	}
+	p.metrics.Watch(p.store)
 	p.finder = newFinder(cfg, p.web)
 	p.fetcher = fetch.New(fetch.Config{
 		Store: p.store, Discovery: p.finder, Web: p.web, Keyring: p.keys.Current,

@@ -47,6 +47,7 @@ func TestMain(m *testing.M) {
 //	flip FILE                                  changes one bit in the middle of a file
 //	mode MODE FILE                             checks a file's permissions
 //	digest NAME FILE                           makes $NAME the digest of a file
+//	blob NAME FILE                             makes $NAME the place of an image file's bytes in the store under data
 //	append FILE FROM                           adds the content of one file to the end of another
 func TestScript(t *testing.T) {
 	runScripts(t, func(name string) bool { return !strings.HasPrefix(name, "trust_") }, testscript.Params{
@@ -54,7 +55,7 @@ func TestScript(t *testing.T) {
 		RequireUniqueNames:  true,
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"key": cmdKey, "image": cmdImage, "publisher": cmdPublisher, "serve": cmdServe, "get": cmdGet, "stop": cmdStop,
-			"digest": cmdDigest, "append": cmdAppend, "exit": cmdExit, "flip": cmdFlip, "mode": cmdMode,
+			"digest": cmdDigest, "blob": cmdBlob, "append": cmdAppend, "exit": cmdExit, "flip": cmdFlip, "mode": cmdMode,
 		},
 	})
 }
@@ -143,6 +144,12 @@ func cmdKey(ts *testscript.TestScript, neg bool, args []string) {
 func cmdDigest(ts *testscript.TestScript, neg bool, args []string) {
 	usage(ts, !neg && len(args) == 2, "digest NAME FILE")
 	ts.Setenv(args[0], acproxy.Digest(sha256.Sum256([]byte(ts.ReadFile(args[1])))).String())
+}
+
+func cmdBlob(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, !neg && len(args) == 2, "blob NAME FILE")
+	digits := acproxy.Digest(sha256.Sum256([]byte(ts.ReadFile(args[1])))).Hex()
+	ts.Setenv(args[0], filepath.Join("data", "store", "blobs", digits[:2], digits))
 }
 
 func cmdAppend(ts *testscript.TestScript, neg bool, args []string) {

@@ -122,6 +122,7 @@ func (n *running) open(cfg *config.Config, log, access *slog.Logger) error {
 		}
 	})
 	n.work.Go(func() { n.rejudge(ctx, changed, log) })
+	n.work.Go(func() { n.mend(ctx, log) })
 	for _, l := range cfg.Listen {
 		if err := n.listen(ctx, l, log); err != nil {
 			return err
@@ -163,6 +164,34 @@ func (n *running) rejudge(ctx context.Context, changed <-chan struct{}, log *slo
 		select {
 		case <-changed:
 			warnOfKeys(n.parts.keys.Current(), log)
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// mendEvery is how often images that are lost are asked for again.
+const mendEvery = time.Hour
+
+// mend fetches images again whose bytes are lost: at the start, as soon as one is found, and every now and then those that could not be had.
+func (n *running) mend(ctx context.Context, log *slog.Logger) {
+	ticker := time.NewTicker(mendEvery)
+	defer ticker.Stop()
+	for {
+		if err := n.parts.store.Ready(ctx); err != nil {
+			return
+		}
+		switch done, err := n.parts.fetcher.Mend(ctx); {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			log.Error("fetching lost images again", "err", err)
+		case done.Lost > 0:
+			log.Info("fetched lost images again", "lost", done.Lost, "mended", done.Mended)
+		}
+		select {
+		case <-n.parts.lost:
 		case <-ticker.C:
 		case <-ctx.Done():
 			return

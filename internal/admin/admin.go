@@ -46,6 +46,8 @@ type Store interface {
 	Evict(ctx context.Context, target int64) (cache.Freed, error)
 	// Pin keeps an image from being evicted, or lets it be again. It returns an error matching [acproxy.ErrNotFound] if it isn't held.
 	Pin(ctx context.Context, digest acproxy.Digest, pinned bool) error
+	// Scrub reads all images, and repairs what it can. It returns what it has come to when ctx ends it, too.
+	Scrub(ctx context.Context, o cache.ScrubOptions) (cache.Scrubbed, error)
 }
 
 var (
@@ -228,6 +230,7 @@ func handler(o Options) http.Handler {
 		}
 		return store.Evict(r.Context(), target)
 	})
+	router.Path(api + "scrub").Methods(http.MethodPost).HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveScrub(w, r, store) })
 	for method, pinned := range map[string]bool{http.MethodPut: true, http.MethodDelete: false} {
 		handle(method, "images/{digest}/pin", func(r *http.Request) (any, error) {
 			digest, err := acproxy.ParseDigest(mux.Vars(r)["digest"])

@@ -346,6 +346,8 @@ func (c *Config) checkCache(r *report) {
 		}
 		r.value(at, "low (%d) is above high (%d), so that nothing would be evicted: lower the one or raise the other", k.Low, k.High)
 	}
+	notNegative(r, "scrub.every", c.Scrub.Every)
+	positive(r, "scrub.rate", c.Scrub.Rate, defaults.Scrub.Rate)
 }
 
 // leastCache is the least that a store may be limited to: what it needs for itself, and something to keep.

@@ -112,6 +112,9 @@ type Config struct {
 	// How much is kept, and what goes when there is too little space.
 	Cache Cache `yaml:"cache"`
 
+	// How what is kept is read again, to find what the disk has lost.
+	Scrub Scrub `yaml:"scrub"`
+
 	// What acproxy tells about its work, on standard error.
 	Log Log `yaml:"log"`
 
@@ -398,6 +401,16 @@ type Cache struct {
 	KeepPartials Duration `yaml:"keep_partials"`
 }
 
+// Scrub is how what is kept is read again.
+type Scrub struct {
+	// Within which time every image is read and checked again: its bytes, its image ID, and what is known of it. One that is damaged is set
+	// aside and fetched again. 0s reads none.
+	Every Duration `yaml:"every"`
+
+	// How many bytes are read in a second at most. If that is too little for every, it takes longer.
+	Rate Size `yaml:"rate"`
+}
+
 // Log is what acproxy tells about its work.
 type Log struct {
 	// The least that is worth a line: debug, info, warn or error.
@@ -558,6 +571,10 @@ func Default() Config {
 			AccessFlush:  seconds(30),
 			KeepPartials: days(1),
 			OnFull:       OnFullRefuse,
+		},
+		Scrub: Scrub{
+			Every: days(30),
+			Rate:  20 * MiB,
 		},
 		Log: Log{
 			Level:  "info",

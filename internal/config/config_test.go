@@ -104,7 +104,7 @@ publishers:
 func TestCacheAtItsEdges(t *testing.T) {
 	for _, text := range []string{
 		"cache: {max_size: 0}", "cache: {max_size: 16MiB}", "cache: {min_free: 0}", "cache: {high: 100, low: 100}", "cache: {high: 1, low: 1}", "cache: {high: 90}",
-		"cache: {grace: 0s}",
+		"cache: {grace: 0s}", "scrub: {every: 0s}", "scrub: {rate: 1B}",
 	} {
 		if _, err := Parse("config.yaml", []byte(text)); err != nil {
 			t.Errorf("%s: %v", text, err)
