@@ -369,7 +369,7 @@ func TestPublisherFromHell(t *testing.T) {
 		})
 	}
 	cases.Wait()
-	s.holdsOnly(append(images, held)...)
+	s.holdsOnly(slices.Concat(images, []image{held})...)
 	wantPeak(t, peak(), 256<<20)
 }
 
