@@ -69,7 +69,7 @@ func inMiniature(t *testing.T, args ...string) (r report, svg []byte) {
 
 // TestEveryBenchmarkRuns runs all of them, with those contestants for whom nothing has to be installed. It says nothing about speeds.
 func TestEveryBenchmarkRuns(t *testing.T) {
-	r, svg := inMiniature(t, "-wrk=false", "-only", strings.Join([]string{acproxyName, goFiles, goCopier, directName, gpgName, "one core", "images"}, ","))
+	r, svg := inMiniature(t, "-wrk=false", "-only", strings.Join([]string{acproxyName, goFiles, goMemory, goCopier, directName, gpgName, "one core", "images"}, ","))
 	o := options{size: 400000, small: 100000, herd: 200000, slow: 50000, connections: numbers{3}, clients: numbers{2}, herds: numbers{5}, waiting: 2}
 	for _, b := range benchmarks(o) {
 		var must []string // who needs nothing installed
@@ -80,7 +80,7 @@ func TestEveryBenchmarkRuns(t *testing.T) {
 		case "cold", "herd", "slow":
 			must = []string{directName, goCopier, acproxyName}
 		default:
-			must = []string{goFiles, acproxyName}
+			must = []string{goFiles, goMemory, acproxyName}
 		}
 		if strings.HasPrefix(b.name, "image/https/") {
 			must = []string{acproxyName}

@@ -75,6 +75,7 @@ func setUpCold(o options, a arriving) (stage, error) {
 	if err != nil {
 		return stage{}, err
 	}
+	o.profileFor = profileCold
 	s := stage{close: func() error { return nil }}
 	s.contestants = append(s.contestants, contestant{directName, func(ctx context.Context) (measures, error) {
 		alone := a
@@ -93,6 +94,9 @@ func setUpCold(o options, a arriving) (stage, error) {
 	}
 	return s, nil
 }
+
+// profileCold is for how many seconds the bringing of a cold image is profiled: nobody knows before how long it takes.
+const profileCold = 15
 
 // acquaintance is the size of an image that everybody has served when another one is asked for: it is that one which is cold, not the server.
 const acquaintance = 64 << 10

@@ -44,10 +44,11 @@ type options struct {
 	profile string // the directory for profiles of acproxy, "" for none
 	only    string
 
-	benchmark string // the one that runs
-	dir       string // where files are put
-	ground    *ground
-	note      func(format string, args ...any) // tells what was left out, and why
+	benchmark  string // the one that runs
+	profileFor int    // seconds that it is profiled for at least
+	dir        string // where files are put
+	ground     *ground
+	note       func(format string, args ...any) // tells what was left out, and why
 }
 
 // wants reports whether a contestant takes part.

@@ -26,6 +26,7 @@ const (
 	varnishName  = "varnish"
 	registryName = "docker-registry"
 	goFiles      = "Go file server"
+	goMemory     = "Go from memory"
 	goCopier     = "Go copying proxy"
 	directName   = "direct"
 )
@@ -115,7 +116,12 @@ func peers() []peer {
 		}},
 		{varnishName, true, true, false, "varnishd", "varnish", startVarnish},
 		{registryName, true, true, false, "docker-registry", "docker-registry", startRegistry},
-		{goFiles, true, false, false, "", "", startFiles},
+		{goFiles, true, false, false, "", "", func(ctx context.Context, at place, _ string) (*target, error) {
+			return startFiles(ctx, at, goFiles, false)
+		}},
+		{goMemory, true, false, false, "", "", func(ctx context.Context, at place, _ string) (*target, error) {
+			return startFiles(ctx, at, goMemory, true)
+		}},
 		{goCopier, false, true, false, "", "", startCopier},
 		{acproxyName, true, true, true, "", "", startAcproxy},
 	}
@@ -315,12 +321,13 @@ func startRegistry(ctx context.Context, at place, program string) (*target, erro
 	return t.launch(ctx, at, exec.Command(program, "serve", file))
 }
 
-func startFiles(ctx context.Context, at place, _ string) (*target, error) {
-	t := (&target{name: goFiles}).asFiles()
+// startFiles starts a plain server of files, or of what it has read of them once: the least that a Go server costs.
+func startFiles(ctx context.Context, at place, name string, memory bool) (*target, error) {
+	t := (&target{name: name}).asFiles()
 	if err := t.addresses(false); err != nil {
 		return nil, err
 	}
-	cmd, err := roleCommand(roleFiles, filesSpec{t.plain, at.root()})
+	cmd, err := roleCommand(roleFiles, filesSpec{t.plain, at.root(), memory})
 	if err != nil {
 		return nil, err
 	}

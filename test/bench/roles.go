@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -32,7 +33,7 @@ func play(role string, stdin io.Reader, stdout, stderr io.Writer) int {
 	case rolePublisher:
 		err = playServer(stdin, func(s publisherSpec) (string, http.Handler, error) { return s.Address, newPublisher(s), nil })
 	case roleFiles:
-		err = playServer(stdin, func(s filesSpec) (string, http.Handler, error) { return s.Address, http.HandlerFunc(s.serve), nil })
+		err = playServer(stdin, func(s filesSpec) (string, http.Handler, error) { return s.Address, s.handler(), nil })
 	case roleCopier:
 		err = playServer(stdin, func(s copierSpec) (string, http.Handler, error) { return s.Address, newCopier(s), nil })
 	case roleClients:
@@ -84,7 +85,7 @@ type publisherSpec struct {
 	Blobs   map[string]string // by OCI digest: path of the file below Root
 }
 
-// publisherLimits are the paths of the publisher that aren't files.
+// The paths of the publisher that aren't files.
 const (
 	discoveryFile = "page.html" // what is answered for each name that is discovered
 	fetchedPath   = "/-/fetched"
@@ -173,12 +174,14 @@ func serveFile(w http.ResponseWriter, r *http.Request, root, path string) {
 		http.NotFound(w, r)
 		return
 	}
-	w.Header().Set("ETag", fmt.Sprintf(`"%x-%x"`, fi.ModTime().Unix(), fi.Size()))
+	w.Header().Set("ETag", etagOf(fi))
 	if w.Header().Get("Content-Type") == "" && !strings.HasSuffix(path, ".html") {
 		w.Header().Set("Content-Type", "application/octet-stream")
 	}
 	http.ServeContent(w, r, filepath.Base(path), fi.ModTime(), f)
 }
+
+func etagOf(fi os.FileInfo) string { return fmt.Sprintf(`"%x-%x"`, fi.ModTime().Unix(), fi.Size()) }
 
 // A pace spreads bytes over time. It is safe for concurrent use.
 type pace struct {
@@ -232,9 +235,59 @@ func (w *pacedWriter) Write(b []byte) (written int, err error) {
 // filesSpec is what the plain file server has to know.
 type filesSpec struct {
 	Address, Root string
+	Memory        bool // read each file once and answer from memory
 }
 
-func (s filesSpec) serve(w http.ResponseWriter, r *http.Request) { serveFile(w, r, s.Root, r.URL.Path) }
+// memoryLimit is the size of the largest file that is answered from memory.
+const memoryLimit = 16 << 20
+
+func (s filesSpec) handler() http.Handler {
+	if !s.Memory {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveFile(w, r, s.Root, r.URL.Path) })
+	}
+	var held sync.Map // path → *heldFile
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		f, ok := held.Load(r.URL.Path)
+		if !ok {
+			read, err := s.read(r.URL.Path)
+			if err != nil {
+				serveFile(w, r, s.Root, r.URL.Path)
+				return
+			}
+			held.Store(r.URL.Path, read)
+			f = read
+		}
+		f.(*heldFile).serve(w, r)
+	})
+}
+
+// A heldFile is a file in memory.
+type heldFile struct {
+	data     []byte
+	modified time.Time
+	etag     string
+}
+
+// read returns a file in memory, or an error if it is too large for that.
+func (s filesSpec) read(path string) (*heldFile, error) {
+	file := filepath.Join(s.Root, filepath.FromSlash(path))
+	fi, err := os.Stat(file)
+	if err != nil {
+		return nil, err
+	}
+	if fi.Size() > memoryLimit {
+		return nil, fmt.Errorf("%s has %d bytes", path, fi.Size())
+	}
+	data, err := os.ReadFile(file)
+	return &heldFile{data, fi.ModTime(), etagOf(fi)}, err
+}
+
+// serve answers with no more than net/http does by itself.
+func (f *heldFile) serve(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("ETag", f.etag)
+	w.Header().Set("Content-Type", "application/octet-stream")
+	http.ServeContent(w, r, "", f.modified, bytes.NewReader(f.data))
+}
 
 // copierSpec is what the copying proxy has to know.
 type copierSpec struct {

@@ -337,7 +337,7 @@ func (o options) startProfile(ctx context.Context, t *target) (wait func() error
 	go func() {
 		err := os.MkdirAll(o.profile, 0o755)
 		if err == nil {
-			err = t.saveProfile(ctx, filepath.Join(o.profile, strings.ReplaceAll(o.benchmark, "/", "-")+".pprof"), max(1, int(o.seconds)))
+			err = t.saveProfile(ctx, filepath.Join(o.profile, strings.ReplaceAll(o.benchmark, "/", "-")+".pprof"), max(1, int(o.seconds+0.5), o.profileFor))
 		}
 		done <- err
 	}()
