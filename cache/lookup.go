@@ -16,6 +16,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/durable"
 )
 
 // Resolve implements [Store].
@@ -314,7 +315,7 @@ func (d *Disk) OpenBlob(digest acproxy.Digest) (*Blob, error) {
 var errNotWhole = errors.New("not whole")
 
 func (d *Disk) openWhole(rec Record) (*os.File, error) {
-	f, err := os.Open(d.blobPath(rec.Digest))
+	f, err := durable.Open(d.blobPath(rec.Digest))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: %w", errNotWhole, err)
 	}

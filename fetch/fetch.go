@@ -219,6 +219,9 @@ type Request struct {
 	// Client tells clients apart, by address. A client that was given a signature is given the image it belongs to, even if the ref has moved
 	// on to another image in between. Empty means nobody in particular.
 	Client string
+	// Has is the ETag of the image that the client has already, "" for none. If it is that of the held image there is nothing to send: that image is
+	// returned without its file.
+	Has string
 }
 
 // moves reports whether the ref may move on to another image between a client's two requests: only one without a version can.
@@ -258,7 +261,7 @@ func (f *Fetcher) Image(ctx context.Context, req Request) (*Image, error) {
 		return nil, err
 	}
 	if a.download == nil {
-		im, err := f.open(a.status, a.resolved, a.record)
+		im, err := f.open(req, a)
 		if !errors.Is(err, acproxy.ErrNotFound) {
 			return im, err
 		}
@@ -267,7 +270,7 @@ func (f *Fetcher) Image(ctx context.Context, req Request) (*Image, error) {
 			return nil, err
 		}
 		if a.download == nil {
-			return f.open(a.status, a.resolved, a.record)
+			return f.open(req, a)
 		}
 	}
 	return f.follow(ctx, a, req.Ref)
@@ -388,7 +391,7 @@ func (f *Fetcher) ByImageID(ctx context.Context, digits string) (*Image, error) 
 		}
 	}
 	f.cfg.Store.Touch(fits[0].Digest)
-	return f.open(Hit, cache.Resolution{Digest: fits[0].Digest, Modified: fits[0].Modified}, fits[0])
+	return f.open(Request{}, answer{status: Hit, resolved: cache.Resolution{Digest: fits[0].Digest, Modified: fits[0].Modified}, record: fits[0]})
 }
 
 func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {

@@ -31,15 +31,20 @@ type Image struct {
 }
 
 // open returns a held image.
-func (f *Fetcher) open(status Status, resolved cache.Resolution, rec cache.Record) (*Image, error) {
-	file, err := f.cfg.Store.OpenBlob(rec.Digest)
-	if err != nil {
+func (f *Fetcher) open(req Request, a answer) (*Image, error) {
+	rec := &a.record
+	im := &Image{
+		Status: a.status, Size: rec.Size, Modified: a.resolved.Modified, ETag: etag(rec.Signed, rec.SignatureDigest, rec.Digest), Record: rec,
+		f: f,
+	}
+	if req.Has != "" && req.Has == im.ETag {
+		return im, nil
+	}
+	var err error
+	if im.file, err = f.cfg.Store.OpenBlob(rec.Digest); err != nil {
 		return nil, fmt.Errorf("opening the image of %s: %w", rec.Name, err)
 	}
-	return &Image{
-		Status: status, Size: rec.Size, Modified: resolved.Modified, ETag: etag(rec.Signed, rec.SignatureDigest, rec.Digest), Record: &rec,
-		f: f, file: file,
-	}, nil
+	return im, nil
 }
 
 func etag(signed bool, signature, digest acproxy.Digest) string {
@@ -85,9 +90,10 @@ func (im *Image) Passage() io.Reader {
 // Arriving reports whether the image's bytes are still being received or checked.
 func (im *Image) Arriving() bool { return im.Record == nil }
 
-// File returns the file of a held image, at the offset that reading has left it. It has all bytes. It is nil while the image is arriving.
+// File returns the file of a held image, at the offset that reading has left it. It has all bytes. It is nil while the image is arriving, and if the
+// client has the image already, see [Request].
 func (im *Image) File() *os.File {
-	if im.Arriving() {
+	if im.Arriving() || im.file == nil {
 		return nil
 	}
 	return im.file.File
@@ -168,7 +174,7 @@ func (im *Image) Await(ctx context.Context, offset int64) (int64, error) {
 		d := im.download
 		d.mu.Lock()
 		changed, manifest := d.changed, d.manifest
-		deliverable := d.written - d.f.cfg.HoldBack
+		deliverable := d.deliverable()
 		d.mu.Unlock()
 		if manifest != nil {
 			if err := im.ref.Matches(manifest.Name, manifest.Labels); err != nil {
@@ -192,6 +198,15 @@ func (im *Image) Await(ctx context.Context, offset int64) (int64, error) {
 			return 0, context.Cause(ctx)
 		}
 	}
+}
+
+// deliverable returns how many bytes may be delivered before there is a verdict: all but the last ones, so that nobody has the whole image before. Where
+// its size isn't known, any may be the last. The caller holds the mutex.
+func (d *download) deliverable() int64 {
+	if d.size < 0 {
+		return d.written - d.f.cfg.HoldBack
+	}
+	return min(d.written, d.size-d.f.cfg.HoldBack)
 }
 
 func atLeast(size, offset int64) (int64, error) {

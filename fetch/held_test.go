@@ -447,3 +447,37 @@ func TestDecisionsAreTold(t *testing.T) {
 		t.Errorf("told %+v", refused)
 	}
 }
+
+// TestWhoHasTheImageGetsNoFile: there is nothing to send, so nothing is opened; and nobody is told "you have it" of what must not be served.
+func TestWhoHasTheImageGetsNoFile(t *testing.T) {
+	s := newScene(t)
+	blob := s.publish(spec("1.0", 0))
+	s.want(s.app("1.0"), blob, Miss)
+	s.idle()
+	ask := func(has string) *Image {
+		t.Helper()
+		im, err := s.f.Image(t.Context(), Request{Ref: s.app("1.0"), Has: has})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = im.Close() })
+		return im
+	}
+	whole := ask("")
+	if whole.File() == nil {
+		t.Fatal("who has nothing got no file")
+	}
+	if im := ask(whole.ETag); im.File() != nil || im.Arriving() || im.ETag != whole.ETag || im.Size != int64(len(blob)) || im.Record == nil {
+		t.Errorf("who has it got %+v with the file %v", im, im.File())
+	}
+	for _, other := range []string{`"another"`, "W/" + whole.ETag, "*"} {
+		if ask(other).File() == nil {
+			t.Errorf("who has %s got no file", other)
+		}
+	}
+	if err := s.store.Quarantine(t.Context(), whole.Record.Digest, "outside-rootfs", "it was found out"); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.f.Image(t.Context(), Request{Ref: s.app("1.0"), Has: whole.ETag})
+	wantError(t, err, acproxy.ErrRefused, "quarantined")
+}

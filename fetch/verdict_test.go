@@ -280,27 +280,34 @@ func TestSignatureLimitAtItsEdge(t *testing.T) {
 func TestTheEndIsHeldBack(t *testing.T) {
 	size := int64(len(acitest.Must(t, spec("1.0", badSize))))
 	for _, test := range []struct {
-		name string
-		at   int64
+		name    string
+		unknown bool // how long it is
+		at, may int64
 	}{
-		{"less than is held back", DefaultHoldBack - 1},
-		{"what is held back", DefaultHoldBack},
-		{"one byte more than is held back", DefaultHoldBack + 1},
-		{"half of it", size / 2},
-		{"all but the last byte", size - 1},
+		{"nothing", false, 0, 0},
+		{"a byte", false, 1, 1},
+		{"half of it", false, size / 2, size / 2},
+		{"all but what is held back", false, size - DefaultHoldBack, size - DefaultHoldBack},
+		{"one byte more", false, size - DefaultHoldBack + 1, size - DefaultHoldBack},
+		{"all but the last byte", false, size - 1, size - DefaultHoldBack},
+		{"of unknown length, less than is held back", true, DefaultHoldBack - 1, 0},
+		{"of unknown length, what is held back", true, DefaultHoldBack, 0},
+		{"of unknown length, one byte more", true, DefaultHoldBack + 1, 1},
+		{"of unknown length, half of it", true, size / 2, size/2 - DefaultHoldBack},
+		{"of unknown length, all but the last byte", true, size - 1, size - 1 - DefaultHoldBack},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newScene(t)
 			blob := s.publish(spec("1.0", badSize))
-			stall := s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{StallAfter: publisher.At(test.at)})
+			stall := s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{StallAfter: publisher.At(test.at), NoContentLength: test.unknown})
 			im, err := s.f.Image(t.Context(), Request{Ref: s.app("1.0")})
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer im.Close()
 			s.received(im.download, test.at)
-			may := max(test.at-DefaultHoldBack, 0)
-			for _, offset := range []int64{0, max(may-1, 0), may, test.at - 1, test.at} {
+			may := test.may
+			for _, offset := range []int64{0, max(may-1, 0), may, max(test.at-1, 0), test.at} {
 				got, err := im.Await(ended(), offset)
 				switch {
 				case offset < may && (err != nil || got != may):
@@ -309,7 +316,11 @@ func TestTheEndIsHeldBack(t *testing.T) {
 					t.Errorf("Await(%d) = %d, %v, want nothing yet", offset, got, err)
 				}
 			}
-			if !im.Arriving() || im.File() != nil || im.Size != size {
+			want := size
+			if test.unknown {
+				want = -1
+			}
+			if !im.Arriving() || im.File() != nil || im.Size != want {
 				t.Errorf("Arriving, File, Size = %v, %v, %d", im.Arriving(), im.File(), im.Size)
 			}
 			stall.Release()

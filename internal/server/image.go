@@ -1,19 +1,19 @@
 package server
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
-
-	"bytes"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/fetch"
@@ -129,6 +129,7 @@ func (s *Server) serveRef(w http.ResponseWriter, r *http.Request, ref acproxy.Re
 		}
 		return s.serveSignature(w, r, ref, sig)
 	}
+	req.Has = has(r)
 	im, err := s.cfg.Fetcher.Image(r.Context(), req)
 	if err != nil {
 		return err
@@ -233,21 +234,57 @@ func (s *Server) serveImage(w http.ResponseWriter, r *http.Request, im *fetch.Im
 			return err
 		}
 	}
-	imageHeader(w, im)
-	w.Header().Set("Repr-Digest", reprDigest(im.Record.Digest))
-	if !im.Record.ImageID.IsZero() {
-		w.Header().Set("X-Appc-Image-Id", im.Record.ImageID.String())
+	maps.Copy(w.Header(), s.heldHeader(im))
+	file := im.File()
+	if file == nil {
+		// It has what it asks for: a 304, which has no content, and of its header what says so (RFC 9110, section 15.4.5).
+		delete(w.Header(), "Content-Type")
+		delete(w.Header(), "Last-Modified")
+		w.WriteHeader(http.StatusNotModified)
+		return nil
 	}
-	http.ServeContent(w, r, "", im.Modified, im.File())
+	http.ServeContent(w, r, "", im.Modified, file)
 	return nil
 }
 
-func imageHeader(w http.ResponseWriter, im *fetch.Image) {
-	h := w.Header()
-	h.Set("Content-Type", "application/octet-stream")
-	h.Set("Accept-Ranges", "bytes")
-	h.Set("ETag", im.ETag)
-	h.Set("Last-Modified", im.Modified.UTC().Format(http.TimeFormat))
+// has returns the ETag of the image that a client has already and doesn't want again, "" if it can't be told as simply as that.
+func has(r *http.Request) string {
+	if tags := r.Header["If-None-Match"]; len(tags) == 1 && r.Header["If-Match"] == nil && r.Header["If-Unmodified-Since"] == nil {
+		return tags[0]
+	}
+	return ""
+}
+
+// heldKey is what the header of a held image depends on.
+type heldKey struct {
+	digest    acproxy.Digest
+	etag      string
+	modified  int64 // nanoseconds since 1970
+	inspected bool
+}
+
+// heldHeader returns the fields of the header of a held image, which must not be changed.
+func (s *Server) heldHeader(im *fetch.Image) http.Header {
+	key := heldKey{im.Record.Digest, im.ETag, im.Modified.UnixNano(), im.Record.Inspected}
+	h, ok := s.helds.Get(key)
+	if !ok {
+		h = imageFields(im)
+		h.Set("Repr-Digest", reprDigest(im.Record.Digest))
+		if !im.Record.ImageID.IsZero() {
+			h.Set("X-Appc-Image-Id", im.Record.ImageID.String())
+		}
+		s.helds.Put(key, h)
+	}
+	return h
+}
+
+func imageHeader(w http.ResponseWriter, im *fetch.Image) { maps.Copy(w.Header(), imageFields(im)) }
+
+// imageFields returns the fields of the header of every image.
+func imageFields(im *fetch.Image) http.Header {
+	return http.Header{
+		"Content-Type": {"application/octet-stream"}, "Accept-Ranges": {"bytes"}, "Etag": {im.ETag}, "Last-Modified": {im.Modified.UTC().Format(http.TimeFormat)},
+	}
 }
 
 // serveArriving sends an image while it arrives. It reports false, with nothing sent and the image held by then, for requests that need to know

@@ -65,6 +65,7 @@ type Server struct {
 	refs       *memo.Memo[requested, asked]
 	signatures *memo.Memo[acproxy.Digest, *small]
 	pages      *memo.Memo[pageKey, *page]
+	helds      *memo.Memo[heldKey, http.Header]
 	// The values of Cache-Control for what has a version and what hasn't.
 	maxAge, maxAgeLatest []string
 
@@ -88,6 +89,7 @@ func New(cfg Config) *Server {
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.refs, s.signatures, s.pages = memo.New[requested, asked](maxMemo), memo.New[acproxy.Digest, *small](maxMemo), memo.New[pageKey, *page](maxMemo)
+	s.helds = memo.New[heldKey, http.Header](maxMemo)
 	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {

@@ -10,6 +10,9 @@ func OpenDirect(name string) (f *os.File, direct bool, err error) {
 	return f, false, err
 }
 
+// Open opens a regular file for reading.
+func Open(name string) (*os.File, error) { return os.Open(name) }
+
 // Buffered does nothing here.
 func Buffered(*os.File) error { return nil }
 

@@ -20,6 +20,20 @@ func OpenDirect(name string) (f *os.File, direct bool, err error) {
 	return f, false, err
 }
 
+// Open opens a regular file for reading. It is os.Open without asking the system whether the file can be waited for, which a regular file can't, and
+// which takes as long as the opening.
+func Open(name string) (*os.File, error) {
+	for {
+		fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err == nil {
+			return os.NewFile(uintptr(fd), name), nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+		}
+	}
+}
+
 // Buffered makes a file that OpenDirect opened one that is read by way of the page cache.
 func Buffered(f *os.File) error {
 	return control(f, func(fd uintptr) error {
