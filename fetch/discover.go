@@ -63,17 +63,21 @@ func kept(found []discovery.Template) []cache.Template {
 	return out
 }
 
-// discover asks the publisher and keeps what it says.
+// discover asks the publisher and keeps what it says. When it returns, what was said is known.
 func (f *Fetcher) discover(ctx context.Context, name string) (discovery.Found, error) {
 	found, err := f.cfg.Discovery.Templates(ctx, name)
-	if err != nil {
-		return found, err
+	if err == nil {
+		f.learn(name, found)
 	}
+	return found, err
+}
+
+// learn keeps what the publisher said about a name.
+func (f *Fetcher) learn(name string, found discovery.Found) {
 	if err := f.cfg.Store.Learn(cache.Discovered{Name: name, Page: found.Page, Templates: kept(found.Templates), When: f.now()}); err != nil {
 		// The answer is good all the same; only a restart will have to ask again.
 		f.log.Error("keeping what discovery found", "name", name, "err", err)
 	}
-	return found, nil
 }
 
 // refreshDiscovery asks the publisher about a name behind the answer, once at a time.
@@ -107,16 +111,27 @@ func (f *Fetcher) refreshDiscovery(name string) {
 // maxRefreshes bounds the discoveries that are refreshed at once.
 const maxRefreshes = 64
 
-// templates returns where to ask for an image: what the publisher says now, or what was learned before if it can't say.
-func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Trace) ([]discovery.Template, error) {
+// templates returns where to ask for an image: what the publisher says now, or what was learned before if it can't say. What it says now is kept behind,
+// until the returned function returns: nobody has to wait for the disk before the image is asked for.
+func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Trace) (templates []discovery.Template, kept func(), err error) {
+	kept = func() {}
 	known, ok := f.cfg.Store.Known(name)
 	if ok && f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, name, known.When) {
-		return learned(known), nil
+		return learned(known), kept, nil
 	}
-	found, err := f.discover(ctx, name)
+	found, err := f.cfg.Discovery.Templates(ctx, name)
 	if err == nil {
 		*trace = append(*trace, found.Trace...)
-		return found.Templates, nil
+		keeping := make(chan struct{})
+		// Ends with what the store writes; Close waits for it.
+		started := f.start(func(context.Context) {
+			defer close(keeping)
+			f.learn(name, found)
+		})
+		if started {
+			kept = func() { <-keeping }
+		}
+		return found.Templates, kept, nil
 	}
 	var e *acproxy.Error
 	if errors.As(err, &e) {
@@ -124,9 +139,9 @@ func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Tra
 	}
 	if ok && ctx.Err() == nil {
 		*trace = append(*trace, acproxy.Attempt{What: "discovery", URL: known.Page, Note: "known from before"})
-		return learned(known), nil
+		return learned(known), kept, nil
 	}
-	return nil, err
+	return nil, kept, err
 }
 
 // RefsOf returns the refs that a publisher's own URL may ask for, with the extension, "aci" or "aci.asc", by the templates that were learned or

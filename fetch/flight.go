@@ -29,6 +29,8 @@ type flight struct {
 	keyring string
 	// endpoints are the URLs that the publisher's templates give for the image, in its order.
 	endpoints []string
+	// kept returns when what discovery found for this flight is kept; nil if it asked nobody.
+	kept func()
 
 	landed chan struct{} // closed once the fields below are set
 	// download is nil if the image turned out to be held.
@@ -36,6 +38,13 @@ type flight struct {
 	shared   bool             // another ref's flight started the download
 	before   cache.Resolution // what the ref answered when the flight began; zero if nothing
 	err      error
+}
+
+// settle waits for what the flight does beside the asking: what comes after its end finds it done.
+func (fl *flight) settle() {
+	if fl.kept != nil {
+		fl.kept()
+	}
 }
 
 // arriving returns the answer for somebody who waited for a flight that landed with a download.
@@ -138,6 +147,7 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 		f.landedBadly(ctx, fl, fl.err)
 	}
 	if fl.download == nil {
+		fl.settle()
 		f.forgetFlight(fl)
 		close(fl.landed)
 		return
@@ -147,6 +157,7 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 		leave()
 	}
 	<-fl.download.decided
+	fl.settle()
 	f.catchUp(ctx, fl)
 	f.forgetFlight(fl)
 }
@@ -221,7 +232,8 @@ func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) 
 			return nil, nil
 		}
 	}
-	found, err := f.templates(ctx, fl.ref.Name(), trace)
+	found, kept, err := f.templates(ctx, fl.ref.Name(), trace)
+	fl.kept = kept
 	if err != nil {
 		return nil, err
 	}

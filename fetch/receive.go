@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -42,8 +43,8 @@ const bufferSize = 128 << 10
 //
 // Those who follow the file notice nothing but time.
 type reception struct {
-	d          *download
-	free, full chan []byte
+	d      *download
+	hashes *hashes
 
 	size     int64 // bytes there will be, -1 if nobody has said so far; the download's own size is what was known when it began
 	endpoint int   // which of the download's endpoints is asked next
@@ -68,41 +69,81 @@ func interrupted(err error) bool {
 // receive writes what comes to the partial file and returns the digest of all that is in it then. Hashing runs beside writing; what was received
 // before a restart is hashed first. A nil body means that everything is there.
 func (d *download) receive(body io.ReadCloser, hasher *trust.Hasher) (acproxy.Digest, error) {
-	const inFlight = 16
+	sum := sha256.New()
+	to := []io.Writer{sum}
+	if hasher != nil {
+		to = append(to, hasher)
+	}
 	r := &reception{
-		d: d, size: d.size, free: make(chan []byte, inFlight), full: make(chan []byte, inFlight), left: int(max(d.f.cfg.Retries, 0)), since: d.f.now(),
+		d: d, size: d.size, hashes: d.hashing(to...), left: int(max(d.f.cfg.Retries, 0)), since: d.f.now(),
 		pause: backoff.ExponentialBackOff{InitialInterval: d.f.cfg.RetryWait, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxRetryWait},
 	}
-	for range inFlight {
-		r.free <- make([]byte, bufferSize)
-	}
-	sum := sha256.New()
-	sums := io.Writer(sum)
-	if hasher != nil {
-		sums = io.MultiWriter(sum, hasher)
-	}
-	there := d.partial.Size()
-	var behind error
-	var hashing sync.WaitGroup
-	// Ends when full is closed below, which happens on every way out; waited for right after.
-	hashing.Go(func() {
-		behind = d.hash(sums, there)
-		for b := range r.full {
-			// A hash can't fail (package hash says so).
-			_, _ = sums.Write(b)
-			r.free <- b[:bufferSize]
-		}
-	})
 	err := r.run(body)
-	close(r.full)
-	hashing.Wait()
-	if err == nil {
+	if behind := r.hashes.end(); err == nil {
 		err = behind
 	}
 	if err != nil {
 		return acproxy.Digest{}, traced(err, r.trace)
 	}
 	return acproxy.Digest(sum.Sum(nil)), nil
+}
+
+// hashes are what an image goes through beside being written: each in a goroutine of its own, because none is as fast as the wire.
+type hashes struct {
+	free    chan []byte // buffers that all of them have taken
+	queues  []chan *piece
+	working sync.WaitGroup
+	failed  []error
+}
+
+// A piece is what has come, and by how many hashes it was taken.
+type piece struct {
+	bytes []byte
+	taken atomic.Int32
+}
+
+// hashing begins to hash what is there of the image. What comes is for take.
+func (d *download) hashing(to ...io.Writer) *hashes {
+	const inFlight = 16
+	h := &hashes{free: make(chan []byte, inFlight), failed: make([]error, len(to))}
+	for range inFlight {
+		h.free <- make([]byte, bufferSize)
+	}
+	there := d.partial.Size()
+	for i, hash := range to {
+		// There is room for all buffers, so that a slow one keeps nobody waiting as long as there is another.
+		queue := make(chan *piece, inFlight)
+		h.queues = append(h.queues, queue)
+		// Ends when end closes the queue, and end waits for it.
+		h.working.Go(func() {
+			h.failed[i] = d.hash(hash, there)
+			for p := range queue {
+				// A hash can't fail (package hash says so).
+				_, _ = hash.Write(p.bytes)
+				if p.taken.Add(1) == int32(len(to)) {
+					h.free <- p.bytes[:bufferSize]
+				}
+			}
+		})
+	}
+	return h
+}
+
+// take hashes what is in a buffer, and frees it then.
+func (h *hashes) take(b []byte) {
+	p := &piece{bytes: b}
+	for _, queue := range h.queues {
+		queue <- p
+	}
+}
+
+// end waits until all is hashed, and returns what went wrong.
+func (h *hashes) end() error {
+	for _, queue := range h.queues {
+		close(queue)
+	}
+	h.working.Wait()
+	return errors.Join(h.failed...)
 }
 
 // hash hashes the first n bytes of the partial file.
@@ -150,7 +191,7 @@ func (r *reception) copy(body io.Reader) error {
 		if d.ctx.Err() != nil {
 			return context.Cause(d.ctx)
 		}
-		b := <-r.free
+		b := <-r.hashes.free
 		n, err := body.Read(b)
 		switch {
 		case d.written+int64(n) > d.f.cfg.MaxImageSize:
@@ -166,7 +207,7 @@ func (r *reception) copy(body io.Reader) error {
 			r.since = d.f.now()
 			r.pause.Reset()
 		}
-		r.full <- b[:n]
+		r.hashes.take(b[:n])
 		switch {
 		case err == io.EOF && r.size >= 0 && d.written < r.size:
 			return &interruption{r.broken("it ends after %d of %d bytes", d.written, r.size)}

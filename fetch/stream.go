@@ -84,7 +84,8 @@ func (f *Fetcher) stream(ctx context.Context, req Request, onlySignature bool) (
 
 // passage asks the publisher's endpoints in order.
 func (f *Fetcher) passage(ctx context.Context, ref acproxy.Ref, onlySignature bool, trace *acproxy.Trace) (*passage, error) {
-	templates, err := f.templates(ctx, ref.Name(), trace)
+	templates, kept, err := f.templates(ctx, ref.Name(), trace)
+	defer kept()
 	if err != nil {
 		return nil, err
 	}
