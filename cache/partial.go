@@ -20,7 +20,7 @@ import (
 
 // writebackEvery is how much is written to a partial file before the operating system is told to begin bringing it to the disk, so that the
 // sync at the end is short.
-const writebackEvery = 8 << 20
+const writebackEvery = 2 << 20
 
 // An Arrival says what is arriving, so that it can be taken up again where a cut connection, or the end of the process, has left it.
 type Arrival struct {
