@@ -512,8 +512,11 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 	if !resolved.Gone.IsZero() {
 		asHeld = Gone
 	}
+	if ref.Version() != "" || policy.Offline {
+		return asHeld, nil, nil
+	}
 	age, ttl := f.now().Sub(resolved.Validated), f.jittered(policy.TTL, ref.String(), resolved.Validated)
-	if ref.Version() != "" || policy.Offline || age < ttl {
+	if age < ttl {
 		return asHeld, nil, nil
 	}
 	if asHeld == Hit {

@@ -49,20 +49,21 @@ func (s *Server) image(w http.ResponseWriter, r *http.Request) error {
 		if err != nil {
 			return err
 		}
-		known = asked{ref, ext}
+		known = asked{ref, ref.String(), ext}
 		if len(key.path)+len(key.query) <= maxMemoURL {
 			s.refs.Put(key, known)
 		}
 	}
-	return s.serveRef(w, r, known.ref, known.ext)
+	return s.serveKnown(w, r, known)
 }
 
 // requested is a URL as it was asked for, asked what that means.
 type (
 	requested struct{ path, query string }
 	asked     struct {
-		ref acproxy.Ref
-		ext string
+		ref  acproxy.Ref
+		text string // the ref's
+		ext  string
 	}
 )
 
@@ -120,9 +121,14 @@ func directPath(ref acproxy.Ref, ext string) string {
 
 // serveRef is where all front doors meet that ask for an image or a signature by name.
 func (s *Server) serveRef(w http.ResponseWriter, r *http.Request, ref acproxy.Ref, ext string) error {
-	noteRef(w, ref.String())
+	return s.serveKnown(w, r, asked{ref, ref.String(), ext})
+}
+
+func (s *Server) serveKnown(w http.ResponseWriter, r *http.Request, known asked) error {
+	noteRef(w, known.text)
+	ref := known.ref
 	req := fetch.Request{Ref: ref, Client: client(r)}
-	if ext == extSignature {
+	if known.ext == extSignature {
 		sig, err := s.cfg.Fetcher.Signature(r.Context(), req)
 		if err != nil {
 			return err
@@ -234,12 +240,14 @@ func (s *Server) serveImage(w http.ResponseWriter, r *http.Request, im *fetch.Im
 			return err
 		}
 	}
-	maps.Copy(w.Header(), s.heldHeader(im))
-	file := im.File()
+	h, file := w.Header(), im.File()
+	for field, values := range s.heldHeader(im) {
+		// To who has it already goes a 304, without what is about content (RFC 9110, section 15.4.5).
+		if file != nil || field != "Content-Type" && field != "Last-Modified" {
+			h[field] = values
+		}
+	}
 	if file == nil {
-		// It has what it asks for: a 304, which has no content, and of its header what says so (RFC 9110, section 15.4.5).
-		delete(w.Header(), "Content-Type")
-		delete(w.Header(), "Last-Modified")
 		w.WriteHeader(http.StatusNotModified)
 		return nil
 	}

@@ -65,7 +65,7 @@ func (s *Server) access(r *http.Request, rec *recorder, took time.Duration) {
 	attrs := make([]slog.Attr, 0, 14)
 	attrs = append(attrs,
 		slog.String("id", rec.id), slog.String("client", client(r)), slog.String("method", r.Method), slog.String("host", r.Host),
-		slog.String("path", r.URL.RequestURI()), slog.String("proto", r.Proto), slog.Int("status", rec.status), slog.Int64("bytes", rec.bytes),
+		slog.String("path", requestURI(r)), slog.String("proto", r.Proto), slog.Int("status", rec.status), slog.Int64("bytes", rec.bytes),
 		slog.Duration("took", took), slog.String("cache", rec.Header().Get("Cache-Status")),
 	)
 	if rec.ref != "" {
@@ -75,6 +75,14 @@ func (s *Server) access(r *http.Request, rec *recorder, took time.Duration) {
 		attrs = append(attrs, slog.Any("err", rec.err))
 	}
 	s.cfg.AccessLog.LogAttrs(context.Background(), slog.LevelInfo, "request", attrs...)
+}
+
+// requestURI returns the path and the query that were asked for, as they came.
+func requestURI(r *http.Request) string {
+	if strings.HasPrefix(r.RequestURI, "/") {
+		return r.RequestURI
+	}
+	return r.URL.RequestURI()
 }
 
 // recorder sees the status and the bytes of a response go by, and keeps what else its access line says. It belongs to the request's goroutine.
