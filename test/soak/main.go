@@ -1,7 +1,7 @@
 // Command soak runs the real server for a while under everything at once: nodes that fetch, leave midway and crawl, a publisher that misbehaves,
-// versions that move on, keys that are taken away and given back, a quota that is too small, and kills. It fails if a byte was served that nobody
-// published, if an image was served whose key was not trusted, if the quota was exceeded at any sample, if anything held is missing in the end, or if memory
-// or descriptors grew.
+// versions that move on, keys that are taken away and given back, a quota that is too small, blobs that go away, and kills. It fails if a byte was served that nobody
+// published, if an image was served whose key was not trusted, if the quota was exceeded at any sample, if fsck finds anything after a kill or in the end that
+// nobody spoiled, if an image doesn't come any more when all is well, or if memory or descriptors grew.
 //
 //	go run ./test/soak -duration 10m -out dist/soak
 package main
@@ -244,7 +244,10 @@ func (s *soak) reckon(ctx context.Context) error {
 	if most := int64(160 << 20); last.anon > most {
 		s.failf("%d MB of memory are in use in the end", last.anon>>20)
 	}
-	return st.end(syscall.SIGTERM)
+	if err := st.end(syscall.SIGTERM); err != nil {
+		return err
+	}
+	return st.check()
 }
 
 // report says what was seen.

@@ -9,17 +9,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/test/publisher"
@@ -103,6 +106,7 @@ fetch: {retry_wait: 50ms, retry_for: 10s}
 discovery: {negative_ttl: 1s}
 freshness: {ttl: 3s, max_stale: 5s}
 cache: {max_size: %[4]d, min_free: 0, grace: 1s, access_flush: 1s}
+scrub: {every: 15s, rate: 50MiB}
 log: {format: json, level: warn}
 stop_grace: 2s
 publishers:
@@ -290,7 +294,57 @@ func (st *stage) restart(signal syscall.Signal) error {
 	if err := st.end(signal); err != nil {
 		return err
 	}
+	if err := st.check(); err != nil {
+		return err
+	}
 	return st.start()
+}
+
+// check has the store of the server that doesn't run checked. A blob that was damaged and not noticed yet is none of its problems.
+func (st *stage) check() error {
+	// The exit code says no more than what was found does.
+	out, err := exec.Command(st.binary, "fsck", "--json", "--config", st.config()).Output()
+	var checked bool
+	for line := range bytes.Lines(out) {
+		var said struct {
+			Finding  *cache.Finding `json:"finding"`
+			Problems *int64         `json:"problems"`
+		}
+		if err := json.Unmarshal(line, &said); err != nil {
+			return fmt.Errorf("fsck said %q: %w", line, err)
+		}
+		if f := said.Finding; f != nil && !f.Note && f.Code != cache.CodeMissing && f.Code != cache.CodeDamaged {
+			return fmt.Errorf("fsck found %s: %s: %s", f.Code, f.Path, f.Detail)
+		}
+		checked = checked || said.Problems != nil
+	}
+	if !checked {
+		return fmt.Errorf("fsck came to no end: %w", err)
+	}
+	return nil
+}
+
+// spoil takes the bytes of an image away from the server, or some of them. What is opened has to be whole, so nobody may get them.
+func (st *stage) spoil(random *rand.Rand) (what string, err error) {
+	blobs, err := filepath.Glob(filepath.Join(st.dir, "data", "store", "blobs", "*", "*"))
+	if err != nil {
+		return "", err
+	}
+	blobs = slices.DeleteFunc(blobs, func(name string) bool { return filepath.Ext(name) != "" })
+	if len(blobs) == 0 {
+		return "no blob to spoil", nil
+	}
+	// It may be evicted in this moment.
+	blob := blobs[random.IntN(len(blobs))]
+	if random.IntN(2) == 0 {
+		what, err = "a blob goes away", os.Remove(blob)
+	} else {
+		what, err = "a blob is cut", os.Truncate(blob, random.Int64N(1000))
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return what, err
 }
 
 // disturb does one thing that disturbs, and says what.
@@ -305,7 +359,7 @@ func (st *stage) disturb(ctx context.Context, random *rand.Rand) (what string, e
 		trouble.End()
 	}
 	at := publisher.At(random.Int64N(im.bytes))
-	switch random.IntN(12) {
+	switch random.IntN(14) {
 	case 0:
 		return "kill", st.restart(syscall.SIGKILL)
 	case 1:
@@ -341,6 +395,8 @@ func (st *stage) disturb(ctx context.Context, random *rand.Rand) (what string, e
 		case <-ctx.Done():
 		}
 		return "key taken away and given back", st.trustAll()
+	case 9, 10:
+		return st.spoil(random)
 	default:
 		what = "latest moves on"
 		st.publisher.SetLatest(im.name, im.version)
