@@ -6,7 +6,7 @@ FUZZTIME ?= 30s
 TIMEOUT  ?= 10m
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-peers soak bench-compare run demo profile generate check
+.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-peers soak bench-store bench-compare run demo profile generate check
 
 help: ## show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
@@ -42,6 +42,9 @@ bench-verify: ## verification side by side with gpg and with proxies that verify
 bench-peers: ## serving side by side with nginx, varnish and others: table, dist/peers.json, dist/peers.svg; ARGS="-rounds 3 page herd/64"
 	@mkdir -p dist
 	@$(GO) run ./test/bench -group peers -json dist/peers.json -svg dist/peers.svg $(ARGS)
+
+bench-store: ## a store of a million images: start, look-ups, memory; ARGS="-store dir" keeps it
+	@$(GO) run ./test/bench -group store $(ARGS)
 
 bench-compare: ## compare two runs of them: make bench-compare OLD=old.txt NEW=new.txt
 	$(TOOL) benchstat $(OLD) $(NEW)

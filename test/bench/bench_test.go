@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 // miniature is every benchmark with as little of everything as will do.
 var miniature = []string{
 	"-rounds", "1", "-seconds", "0.1", "-size", "400000", "-small", "100000", "-herd-size", "200000", "-slow-size", "50000", "-slow-rate", "1000000",
-	"-images", "50", "-connections", "3", "-clients", "2", "-herd", "5", "-waiting", "2", "-install=false",
+	"-images", "50", "-connections", "3", "-clients", "2", "-herd", "5", "-waiting", "2", "-install=false", "-held", "300",
 }
 
 // inMiniature runs the program and returns its report. What it leaves behind fails the test.
@@ -69,7 +69,7 @@ func inMiniature(t *testing.T, args ...string) (r report, svg []byte) {
 
 // TestEveryBenchmarkRuns runs all of them, with those contestants for whom nothing has to be installed. It says nothing about speeds.
 func TestEveryBenchmarkRuns(t *testing.T) {
-	r, svg := inMiniature(t, "-wrk=false", "-only", strings.Join([]string{acproxyName, goFiles, goMemory, goCopier, directName, gpgName, "one core", "images"}, ","))
+	r, svg := inMiniature(t, "-wrk=false", "-only", strings.Join([]string{acproxyName, goFiles, goMemory, goCopier, directName, gpgName, "one core", "images", closedName, killedName, missingName}, ","))
 	o := options{size: 400000, small: 100000, herd: 200000, slow: 50000, connections: numbers{3}, clients: numbers{2}, herds: numbers{5}, waiting: 2}
 	for _, b := range benchmarks(o) {
 		var must []string // who needs nothing installed
@@ -77,6 +77,8 @@ func TestEveryBenchmarkRuns(t *testing.T) {
 		case "verify":
 			must = []string{acproxyName}
 		case "decisions", "rejudge":
+		case "million":
+			must = []string{closedName, killedName}
 		case "cold", "herd", "slow":
 			must = []string{directName, goCopier, acproxyName}
 		default:

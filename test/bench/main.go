@@ -33,6 +33,8 @@ type options struct {
 	rate    int64   // bytes a second that a limited publisher gives to each connection
 	trickle int64   // bytes a second that the slow publisher gives in all
 	images  int     // held images to judge again
+	held    int     // images of the store that is looked into
+	store   string  // where that store is kept, "" for nowhere
 
 	connections numbers // how many connections ask for small answers
 	clients     numbers // how many clients download images
@@ -90,6 +92,7 @@ func (n *numbers) Set(s string) error {
 const (
 	groupVerify = "verify" // what it costs to verify
 	groupPeers  = "peers"  // serving, side by side with other servers
+	groupStore  = "store"  // a store of very many images
 )
 
 // A benchmark measures some contestants, the first of which the others are compared with.
@@ -154,6 +157,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 	flags.Int64Var(&o.rate, "rate", 200_000_000, "bytes a second that a limited publisher gives to each connection")
 	flags.Int64Var(&o.trickle, "slow-rate", 1_000_000, "bytes a second that the slow publisher gives in all")
 	flags.IntVar(&o.images, "images", 100_000, "held images to judge again")
+	flags.IntVar(&o.held, "held", 1_000_000, "images of the store that is looked into")
+	flags.StringVar(&o.store, "store", "", "keep that store in this directory from one run to the next: it takes minutes to make, and 9 GB for a million images")
 	flags.Var(&o.connections, "connections", "how many connections ask for small answers")
 	flags.Var(&o.clients, "clients", "how many clients download images")
 	flags.Var(&o.herds, "herd", "how many clients ask for a cold image at once")
@@ -162,7 +167,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	flags.BoolVar(&o.wrk, "wrk", true, "ask for small answers with wrk, which costs less than our own client")
 	flags.StringVar(&o.profile, "profile", "", "also write CPU profiles of acproxy to this directory; its figures then include the profiling")
 	flags.StringVar(&o.only, "only", "", "run only contestants whose name holds this, or one of these with commas between")
-	flags.StringVar(&group, "group", "", "run only the benchmarks of this group: verify or peers")
+	flags.StringVar(&group, "group", "", "run only the benchmarks of this group: verify, peers or store")
 	flags.StringVar(&jsonFile, "json", "", "also write the results to this file")
 	flags.StringVar(&chartFile, "svg", "", "also draw the goals and what was reached of them to this file")
 	flags.BoolVar(&list, "list", false, "list the benchmarks")
@@ -249,7 +254,7 @@ func choose(all []benchmark, group string, names []string) ([]benchmark, error) 
 
 // benchmarks returns all of them, in the order in which they run.
 func benchmarks(o options) []benchmark {
-	return slices.Concat(verifyBenchmarks(), warmBenchmarks(o), coldBenchmarks(o))
+	return slices.Concat(verifyBenchmarks(), warmBenchmarks(o), coldBenchmarks(o), millionBenchmarks(o))
 }
 
 // measure runs the contestants in turn. One that fails is left out of what it returns, beside the error.

@@ -24,6 +24,7 @@ const (
 	roleFiles     = "files"     // serves a directory, as simply as Go can
 	roleCopier    = "copier"    // passes on what it fetches, and keeps it
 	roleClients   = "clients"   // asks for things
+	roleStore     = "store"     // has a store open, and asks it
 )
 
 // play plays a role until that is over, or until it is killed.
@@ -38,6 +39,8 @@ func play(role string, stdin io.Reader, stdout, stderr io.Writer) int {
 		err = playServer(stdin, func(s copierSpec) (string, http.Handler, error) { return s.Address, newCopier(s), nil })
 	case roleClients:
 		err = playClients(stdin, stdout)
+	case roleStore:
+		err = playStore(stdin, stdout)
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "bench:", err)
