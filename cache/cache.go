@@ -148,6 +148,8 @@ type Usage struct {
 	Images      int64 `json:"images"`      // number of images, quarantined ones included
 	Quarantined int64 `json:"quarantined"` // number of quarantined images
 	Room        Room  `json:"room"`
+
+	Scrub Scrubbing `json:"scrub"` // how far reading all of it again has come
 }
 
 // Total returns the sum of all bytes on the disk.

@@ -690,6 +690,13 @@ func (d *Disk) Usage() (Usage, error) {
 	if free, err := d.space.free(); err == nil {
 		u.Room.Free = free
 	}
+	if d.idle {
+		// Nobody else has read it.
+		if _, err := d.loadScrub(); err != nil {
+			return u, err
+		}
+	}
+	u.Scrub = d.Scrubbing()
 	if known {
 		return u, nil
 	}

@@ -61,10 +61,10 @@ type Scrubbed struct {
 
 // Scrubbing is how far the reading in the background has come.
 type Scrubbing struct {
-	Position float64   // of the images that there are, which part has been read in this round
-	Began    time.Time // when this round began
-	Finished time.Time // when the last round ended, zero if none has
-	Scrubbed Scrubbed  // since the store was opened, that on demand included
+	Position float64   `json:"position"`          // of the images that there are, which part has been read in this round
+	Began    time.Time `json:"began,omitzero"`    // when this round began
+	Finished time.Time `json:"finished,omitzero"` // when the last round ended, zero if none has
+	Scrubbed Scrubbed  `json:"scrubbed"`          // since the store was opened, that on demand included
 }
 
 // ScrubOptions say how to read all images at once. The zero value is fine.

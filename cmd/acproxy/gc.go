@@ -190,5 +190,8 @@ func showUsage(w io.Writer, u cache.Usage) error {
 	}
 	p.printf("may take     %s, and leaves %s of the file system free, of which %s are\n", limit, bytesText(u.Room.MinFree), bytesText(u.Room.Free))
 	p.printf("evicts       above %d per cent of that, down to %d\n", u.Room.High, u.Room.Low)
+	if s := u.Scrub; !s.Began.IsZero() {
+		p.printf("scrubbed     %.0f per cent since %s; the round before that ended %s\n", 100*s.Position, timeText(s.Began), timeText(s.Finished))
+	}
 	return p.err
 }

@@ -6,10 +6,9 @@ import (
 	"github.com/acproxy/acproxy/cache"
 )
 
-// A Store is asked for the space that it takes, and for how far it has been scrubbed, whenever somebody asks for the metrics.
+// A Store is asked for the space that it takes, and how far it has been scrubbed, whenever somebody asks for the metrics.
 type Store interface {
 	Usage() (cache.Usage, error)
-	Scrubbing() cache.Scrubbing
 }
 
 // Watch adds the metrics of a store. It is called once.
@@ -49,7 +48,7 @@ func (c storeCollector) Collect(out chan<- prometheus.Metric) {
 	gauge(out, "acproxy_cache_pinned_bytes", "Bytes of images that are pinned.", float64(u.Pinned))
 	gauge(out, "acproxy_cache_free_bytes", "Bytes of the file system that are free.", float64(u.Room.Free))
 
-	s := c.store.Scrubbing()
+	s := u.Scrub
 	finished := 0.0
 	if !s.Finished.IsZero() {
 		finished = float64(s.Finished.UnixNano()) / 1e9

@@ -15,11 +15,7 @@ type store struct{}
 func (store) Usage() (cache.Usage, error) {
 	return cache.Usage{Blobs: 1, Sidecars: 2, Index: 3, Partials: 4, Quarantine: 5, Names: 6, Directories: 7, Open: 8, Pinned: 9, Promised: 10, Images: 12, Quarantined: 1, Room: cache.Room{
 		MaxSize: 13, MinFree: 14, Free: 15,
-	}}, nil
-}
-
-func (store) Scrubbing() cache.Scrubbing {
-	return cache.Scrubbing{Position: 0.5, Finished: time.Unix(16, 0), Scrubbed: cache.Scrubbed{Images: 17, Bytes: 18, Problems: 19}}
+	}, Scrub: cache.Scrubbing{Position: 0.5, Finished: time.Unix(16, 0), Scrubbed: cache.Scrubbed{Images: 17, Bytes: 18, Problems: 19}}}, nil
 }
 
 func TestStoreIsWatched(t *testing.T) {
