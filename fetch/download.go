@@ -62,7 +62,9 @@ type download struct {
 	later     bool
 	changed   chan struct{} // closed, and replaced, whenever one of the fields below changes
 	refs      map[acproxy.Ref]struct{}
-	doomed    bool // the manifest fits none of the refs: nobody else may join
+	doomed    bool          // the manifest fits none of the refs: nobody else may join
+	readers   int           // of those who were given the image while it arrived, how many have it open
+	quiet     chan struct{} // closed when there are none any more; nil if nobody waits for that
 	written   int64
 	complete  bool // the publisher's body has ended well
 	manifest  *aci.Manifest

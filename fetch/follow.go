@@ -27,6 +27,7 @@ type Image struct {
 	ref      acproxy.Ref
 	file     *cache.Blob
 	download *download
+	reads    bool     // counts among the download's readers
 	passage  *passage // of an image that is not kept
 }
 
@@ -75,6 +76,10 @@ func (f *Fetcher) follow(ctx context.Context, a answer, ref acproxy.Ref) (*Image
 		return im, nil
 	}
 	im.file = file
+	d.mu.Lock()
+	d.readers++
+	d.mu.Unlock()
+	im.reads = true
 	return im, nil
 }
 
@@ -224,10 +229,49 @@ func (im *Image) Close() error {
 	if im.passage != nil {
 		return im.passage.close()
 	}
+	if im.reads {
+		im.reads = false
+		im.download.leave()
+	}
 	if im.file == nil {
 		return nil
 	}
 	return im.file.Close()
+}
+
+// leave counts one of the readers less.
+func (d *download) leave() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.readers--; d.readers == 0 && d.quiet != nil {
+		close(d.quiet)
+		d.quiet = nil
+	}
+}
+
+// readersFor is how long the inspection lets those who read the image go first. The slow ones among them take little of the processor.
+const readersFor = 5 * time.Second
+
+// awaitReaders waits until those who began to read the image while it arrived have it, or for some time.
+func (d *download) awaitReaders() {
+	d.mu.Lock()
+	if d.readers == 0 {
+		d.mu.Unlock()
+		return
+	}
+	if d.quiet == nil {
+		d.quiet = make(chan struct{})
+	}
+	quiet := d.quiet
+	d.mu.Unlock()
+	timer := time.NewTimer(readersFor)
+	defer timer.Stop()
+	select {
+	case <-quiet:
+	case <-timer.C:
+	case <-d.urgent:
+	case <-d.ctx.Done():
+	}
 }
 
 // follower reads a download as it arrives, all of it, without regard to what may be delivered: the inspection's view.
@@ -242,13 +286,14 @@ type follower struct {
 // otherwise.
 func (r *follower) Read(p []byte) (int, error) {
 	if r.idle {
-		// What is left to inspect must not take the processor from what nodes are waiting for.
+		// What is left to inspect must not take the processor from what nodes are waiting for: the verdict, and then the bytes.
 		select {
 		case <-r.d.decided:
 		case <-r.d.urgent:
 		case <-r.d.ctx.Done():
 			return 0, context.Cause(r.d.ctx)
 		}
+		r.d.awaitReaders()
 		r.idle = false
 	}
 	for {

@@ -11,6 +11,7 @@ import (
 	"math"
 	"net/http"
 	"net/url"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -360,6 +361,9 @@ func servePassage(w http.ResponseWriter, r *http.Request, im *fetch.Image, p io.
 	}
 }
 
+// firstPiece is how much a client gets at first of an image that is arriving, in bytes.
+const firstPiece = 64 << 10
+
 // copyArriving sends what may be delivered as it comes. An image that turns out bad never ends cleanly: the connection (the stream, with HTTP/2)
 // is cut.
 func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span span) {
@@ -382,9 +386,17 @@ func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span 
 		if span.to >= 0 {
 			upTo = min(upTo, span.to)
 		}
+		first := offset == span.from
+		if first {
+			upTo = min(upTo, offset+firstPiece)
+		}
 		var n int64
 		n, err = io.CopyN(w, file, upTo-offset)
 		offset += n
+		if first {
+			// Everybody's first bytes before anybody's next ones.
+			runtime.Gosched()
+		}
 	}
 	if err != nil {
 		note(w, err)
