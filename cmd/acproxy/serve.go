@@ -283,8 +283,7 @@ func public(addr net.Addr) bool {
 }
 
 func (n *running) tlsConfig(l config.Listen) (*tls.Config, error) {
-	// Old builds of rkt know TLS 1.2 at the most.
-	out := &tls.Config{MinVersion: tls.VersionTLS12}
+	out := server.TLS()
 	if l.TLS == config.TLSLocalCA {
 		if n.parts.ca == nil {
 			return nil, errors.New("tls: local-ca needs the local CA, which isn't there; make it with: acproxy ca init --host HOST")

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"io"
 	"net"
 	"net/http"
@@ -51,6 +52,12 @@ func (s *Server) Listen(ctx context.Context, address string) (net.Listener, erro
 func (s *Server) HTTP(proxy bool) *http.Server {
 	p := s.cfg.Patience
 	return &http.Server{Handler: s.Handler(proxy), ReadHeaderTimeout: p.Header, IdleTimeout: p.Idle, MaxHeaderBytes: maxHeaderBytes}
+}
+
+// TLS returns the configuration of TLS that all connections of nodes have in common. Old builds of rkt know TLS 1.2 at the most. Nearly all bytes are those
+// of images, which are not worth sending in small records first.
+func TLS() *tls.Config {
+	return &tls.Config{MinVersion: tls.VersionTLS12, DynamicRecordSizingDisabled: true}
 }
 
 // patient has a handler answer within the patience for what the client does meanwhile.

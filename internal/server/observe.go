@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/acproxy/acproxy"
@@ -37,6 +38,9 @@ func noteRef(w http.ResponseWriter, ref string) {
 func (s *Server) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rec := &recorder{ResponseWriter: w, id: requestID(r)}
+		if r.TLS != nil && r.ProtoMajor == 1 {
+			rec.buffers = &s.buffers
+		}
 		rec.Header()["X-Request-Id"] = []string{rec.id}
 		if s.cfg.AccessLog != nil {
 			started := s.now()
@@ -94,6 +98,8 @@ type recorder struct {
 	id  string
 	ref string
 	err error
+
+	buffers *sync.Pool // of *[encryptAtOnce]byte, nil where nothing is encrypted by us
 }
 
 // Unwrap lets [http.ResponseController] reach the connection.
@@ -115,13 +121,26 @@ func (w *recorder) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// ReadFrom keeps sendfile possible: the connection under a plain HTTP response copies from a file inside the kernel.
-func (w *recorder) ReadFrom(src io.Reader) (int64, error) {
+// ReadFrom keeps sendfile possible: the connection under a plain HTTP response copies from a file inside the kernel. What is encrypted is read in larger
+// pieces than net/http would.
+func (w *recorder) ReadFrom(src io.Reader) (n int64, err error) {
 	w.ok()
-	n, err := io.Copy(w.ResponseWriter, src)
+	if w.buffers == nil {
+		n, err = io.Copy(w.ResponseWriter, src)
+	} else {
+		b, ok := w.buffers.Get().(*[encryptAtOnce]byte)
+		if !ok {
+			b = new([encryptAtOnce]byte)
+		}
+		n, err = io.CopyBuffer(struct{ io.Writer }{w.ResponseWriter}, struct{ io.Reader }{src}, b[:])
+		w.buffers.Put(b)
+	}
 	w.bytes += n
 	return n, err
 }
+
+// encryptAtOnce is how much of a file is read at once to be encrypted, in bytes.
+const encryptAtOnce = 256 << 10
 
 func (w *recorder) ok() {
 	if w.status == 0 {

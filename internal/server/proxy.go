@@ -178,10 +178,9 @@ func newInner(s *Server) *inner {
 	in := &inner{
 		patience: s.cfg.Patience,
 		listener: &handedListener{conns: make(chan net.Conn), closed: make(chan struct{})},
-		config: &tls.Config{
-			GetCertificate: s.cfg.Certificate, MinVersion: tls.VersionTLS12, NextProtos: []string{"h2", "http/1.1"},
-		},
+		config:   TLS(),
 	}
+	in.config.GetCertificate, in.config.NextProtos = s.cfg.Certificate, []string{"h2", "http/1.1"}
 	in.http = s.HTTP(false)
 	// A copy of its own: Serve adds to it while connections are being made with the other.
 	in.http.TLSConfig = in.config.Clone()

@@ -69,6 +69,8 @@ type Server struct {
 	// The values of Cache-Control for what has a version and what hasn't.
 	maxAge, maxAgeLatest []string
 
+	buffers sync.Pool // for what is encrypted
+
 	inner *inner // serves terminated CONNECT connections; nil if none are
 
 	// ctx is the life of tunnels, which outlive the HTTP server that they were asked of; Close cancels it and waits for them.
