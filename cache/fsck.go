@@ -744,7 +744,7 @@ func (c *checker) repair(ctx context.Context) error {
 		d.cancel()
 		return errors.Join(err, d.lock.Close())
 	}
-	err := d.Ready(ctx)
+	err := d.ready(ctx, false)
 	if err == nil {
 		err = c.asides(d)
 	}
