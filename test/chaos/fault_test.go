@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -112,10 +113,10 @@ func (r *run) fails(p *process, f failure, at point, of ref) {
 			}
 		}
 	})
-	r.wantServedOr(f, at, r.get(p, of))
+	r.wantServedOr(p, f, at, r.get(p, of))
 	if f.fault.Onward {
 		// It isn't over, and the next one gets no less of an answer.
-		r.wantServedOr(f, at, r.get(p, of))
+		r.wantServedOr(p, f, at, r.get(p, of))
 	}
 	close(over)
 	hits.Wait()
@@ -134,7 +135,7 @@ func (r *run) lift(p *process) {
 }
 
 // wantServedOr checks that an answer is the image or says that it can't be had, as a failure asks for.
-func (r *run) wantServedOr(f failure, at point, a answer) {
+func (r *run) wantServedOr(p *process, f failure, at point, a answer) {
 	r.t.Helper()
 	if a.whole() || a.status == http.StatusOK && r.w.cutThrough {
 		return // a cut answer is an error, too
@@ -143,7 +144,7 @@ func (r *run) wantServedOr(f failure, at point, a answer) {
 		return
 	}
 	if _, ok := a.problem(); !ok || a.status != f.status {
-		r.t.Errorf("%s at %v: %v, want the image or a problem with status %d", f.name, at, a, f.status)
+		r.t.Errorf("%s at %v: %v, want the image or a problem with status %d\n%s", f.name, at, a, f.status, p.output())
 	}
 }
 
@@ -188,7 +189,7 @@ func (w *world) fail(t *testing.T, op operation, f failure, at point) {
 		}
 	default:
 		for _, of := range op.asks {
-			r.wantServedOr(f, at, r.get(p, of))
+			r.wantServedOr(p, f, at, r.get(p, of))
 		}
 		if op.ends {
 			if status := p.end(syscall.SIGTERM); !status.Exited() || status.ExitStatus() > 1 {
@@ -199,11 +200,15 @@ func (w *world) fail(t *testing.T, op operation, f failure, at point) {
 		}
 		if op.when != nil && op.evicts {
 			op.when(r, p)
-		} else if a := r.get(p, held); !op.begins && !a.whole() {
+		} else if a := r.get(p, held); slices.Contains(store.held, held) && !a.whole() {
 			t.Errorf("%s at %v: what is held is served as %v", f.name, at, a)
 		}
 		r.lift(p)
-		for _, of := range append([]ref{}, store.held...) {
+		if op.begins {
+			// It tries that again after a while.
+			p.says("the index is complete")
+		}
+		for _, of := range store.held {
 			if a := r.get(p, of); !a.whole() {
 				t.Errorf("%s at %v is over, and %v can't be had: %v\nfailed: %v\n%s", f.name, at, of, a, p.tracer.Hits(), p.output())
 			}

@@ -174,7 +174,7 @@ discovery: {negative_ttl: 0s}
 trust: {local_dir: %[3]s}
 freshness: {ttl: 0s, max_stale: 0s}
 fetch: {retries: 3, retry_wait: 10ms, delivery: %[5]s}
-cache: {access_flush: 20ms, max_size: 1GiB, grace: %[6]s}
+cache: {access_flush: 20ms, max_size: 1GiB, min_free: 0, grace: %[6]s}
 audit: {max_size: 1KiB, max_files: 2}
 log: {format: json, level: debug}
 publishers: [{prefix: %[1]s, ca_file: %[4]s}]
