@@ -3,7 +3,10 @@
 package chaos
 
 import (
-	"os"
+	"cmp"
+	"maps"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -13,23 +16,19 @@ import (
 
 // TestKill kills acproxy at the calls of each operation, before the call is done, and looks at what it serves then.
 func TestKill(t *testing.T) {
-	w := newWorld(t, "cut-through")
-	w.prepare()
+	w := worldOf(t, "cut-through")
 	tried := make(map[string]bool)
 	for _, op := range operations() {
 		t.Run(op.name, func(t *testing.T) {
 			points := w.pointsOf(t, op)
-			calls := len(points)
-			if os.Getenv(whole) == "" {
-				points = untried(points, tried)
+			tally.calls(op.name, len(points))
+			if !everything() {
+				points = some(points, tried)
 			}
-			var killed atomic.Int64
+			var n atomic.Int64
 			each(t, points, func(t *testing.T, at point) {
-				if w.kill(t, op, at.fault(tracer.Fault{Kill: true})) {
-					killed.Add(1)
-				}
+				w.kill(t, op, at.fault(tracer.Fault{Kill: true}), everything() || n.Add(1)%2 == 0)
 			})
-			t.Logf("%s: %d calls, killed before %d of them", op.name, calls, killed.Load())
 		})
 	}
 }
@@ -37,64 +36,91 @@ func TestKill(t *testing.T) {
 // TestKillAfter kills acproxy when calls are done, and before it can tell anybody. What is on the disk then is what is there before the next call; what
 // clients were told is less.
 func TestKillAfter(t *testing.T) {
-	w := newWorld(t, "cut-through")
-	w.prepare()
-	for _, op := range operations() {
-		if op.begins || len(op.asks) == 0 {
+	w := worldOf(t, "cut-through")
+	for i, op := range operations() {
+		if op.begins || len(op.asks) == 0 || i%2 == 1 && !everything() {
 			continue
 		}
 		t.Run(op.name, func(t *testing.T) {
 			points := firsts(w.pointsOf(t, op))
-			if os.Getenv(whole) == "" {
+			if !everything() {
 				points = points[len(points)-1:]
 			}
-			each(t, points, func(t *testing.T, at point) { w.kill(t, op, at.fault(tracer.Fault{Kill: true, After: true})) })
+			each(t, points, func(t *testing.T, at point) { w.kill(t, op, at.fault(tracer.Fault{Kill: true, After: true}), true) })
 		})
 	}
 }
 
-// untried returns the first call of an operation, its last one, and those of kinds that no operation had before.
-func untried(points []point, tried map[string]bool) []point {
-	var some []point
-	for i, at := range points {
-		if !tried[at.kind] || i == 0 || i == len(points)-1 {
-			some = append(some, at)
-		}
-		tried[at.kind] = true
-	}
-	return some
+// classes are the system calls that do the same kind of thing.
+var classes = map[string]string{
+	"write": "write", "pwrite64": "write", "ftruncate": "write", "fsync": "sync", "fdatasync": "sync", "renameat": "rename", "unlinkat": "remove",
+	"openat": "make", "mkdirat": "make", "fchmodat": "make",
 }
 
-// kill kills acproxy during an operation, and reports whether it came to that.
-func (w *world) kill(t *testing.T, op operation, fault tracer.Fault) bool {
+// some returns some points of an operation, at least one of each class; of the first operation, all kinds. One that no operation has had before comes first,
+// else it is one in the middle.
+func some(points []point, tried map[string]bool) []point {
+	if len(tried) == 0 {
+		few := firsts(points)
+		for _, at := range few {
+			tried[at.kind] = true
+		}
+		return few
+	}
+	of := make(map[string][]point)
+	for _, at := range points {
+		call, _, _ := strings.Cut(at.kind, " ")
+		class := cmp.Or(classes[call], call)
+		of[class] = append(of[class], at)
+	}
+	var few []point
+	for _, class := range slices.Sorted(maps.Keys(of)) {
+		all := of[class]
+		at := all[len(all)/2]
+		if i := slices.IndexFunc(all, func(p point) bool { return !tried[p.kind] }); i >= 0 {
+			at = all[i]
+		}
+		tried[at.kind] = true
+		few = append(few, at)
+	}
+	return few
+}
+
+// kill kills acproxy during an operation, and looks at what is left of it when it is started again without a publisher: nothing is lost, and nothing is wrong.
+// With then, it is killed once more, and started with the publisher: it does what the operation was about, and leaves nothing lying about.
+func (w *world) kill(t *testing.T, op operation, fault tracer.Fault, then bool) {
 	r := w.newRun(t, w.stores[op.store].data)
 	p := r.do(op, fault)
 	p.end(syscall.SIGKILL)
-	hit := len(p.tracer.Hits()) > 0
-	if hit {
-		tally.killed()
+	if len(p.tracer.Hits()) > 0 {
+		tally.killed(op.name)
 	} else {
 		t.Log("it didn't come to this call")
 	}
+	r.sound("killed", op)
 
 	p = r.serve(w.alone)
 	r.wantStill(p, op)
+	if !then {
+		p.says("the index is complete")
+		p.stop()
+		r.sound("stopped", operation{damaged: op.damaged})
+		return
+	}
 	p.end(syscall.SIGKILL)
 
 	p = r.serve(w.live)
 	r.wantThen(p, op)
 	p.stop()
-	r.tidy()
-	return hit
+	r.tidy(op.damaged...)
 }
 
 // TestKillTwice kills a server in its first fetch, and the next one at each call of its start: what the first has left is no worse for that.
 func TestKillTwice(t *testing.T) {
-	if os.Getenv(whole) == "" {
-		t.Skipf("only with %s", whole)
+	if !everything() {
+		t.Skip("only with ACPROXY_CHAOS")
 	}
-	w := newWorld(t, "cut-through")
-	w.prepare()
+	w := worldOf(t, "cut-through")
 	var op, start operation
 	for _, o := range operations() {
 		switch o.name {
@@ -120,8 +146,9 @@ func TestKillTwice(t *testing.T) {
 				p.end(syscall.SIGKILL)
 				continue
 			}
-			tally.killed()
+			tally.killed("start after a kill, killed again")
 			p.end(syscall.SIGKILL)
+			again.sound("killed twice", operation{})
 			p = again.serve(w.alone)
 			again.wantHeld(p, left.held)
 			p.stop()

@@ -104,8 +104,7 @@ func (r *run) wantReadOnly(p *process, missing ref) {
 
 // TestBecomesReadOnly makes every change of a file fail as it does when a file system has become read-only under a server.
 func TestBecomesReadOnly(t *testing.T) {
-	w := newWorld(t, "cut-through")
-	w.prepare()
+	w := worldOf(t, "cut-through")
 	r := w.newRun(t, w.stores["base"].data)
 	p := r.trace(w.live, nil)
 	p.serves()
@@ -130,8 +129,7 @@ func TestBrokenFileSystem(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root may mount an image of a file system")
 	}
-	w := newWorld(t, "cut-through")
-	w.prepare()
+	w := worldOf(t, "cut-through")
 	r := w.newRun(t, w.stores["base"].data)
 	disk := w.path("disk")
 	m := newRoom(t, `
@@ -152,8 +150,7 @@ cp -a "$1.old/$(basename "$2")/." "$2/"`, disk, r.data)
 
 // TestStartsReadOnly starts on a store that can't be written.
 func TestStartsReadOnly(t *testing.T) {
-	w := newWorld(t, "cut-through")
-	w.prepare()
+	w := worldOf(t, "cut-through")
 	for _, from := range []string{"base", "killed", "half"} {
 		t.Run(from, func(t *testing.T) {
 			r := w.newRun(t, w.stores[from].data)
@@ -171,15 +168,14 @@ func TestStartsReadOnly(t *testing.T) {
 
 // TestSmallFileSystem fills a small file system, and makes room again.
 func TestSmallFileSystem(t *testing.T) {
-	w := newWorld(t, "verify-first")
-	w.prepare()
+	w := worldOf(t, "verify-first")
 	r := w.newRun(t, w.stores["base"].data)
 	m := newRoom(t, `mount -t tmpfs -o size=8m,mode=700 none "$1"; dd if=/dev/zero of="$1/ballast" bs=1M count=2 2>/dev/null`, r.data)
 	p := m.serve(r, w.live)
 	var kept []ref
 	var full ref
 	for i := range 100 {
-		of := w.publish(ref{fmt.Sprintf("filling%d", i), "1.0.0"}, 512<<10).ref
+		of := w.publish(t, ref{fmt.Sprintf("filling%d", i), "1.0.0"}, 512<<10).ref
 		a := r.get(p, of)
 		if a.whole() {
 			kept = append(kept, of)

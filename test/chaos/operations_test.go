@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
 	"github.com/acproxy/acproxy/test/publisher"
 	"github.com/acproxy/acproxy/test/tracer"
@@ -51,6 +52,12 @@ type operation struct {
 	when func(r *run, p *process)
 	// evicts says that images may be gone when it is over. Those that are there are whole.
 	evicts bool
+	// exit is the exit code of a command.
+	exit int
+	// damaged are images whose blobs are damaged when it begins. They may be when it was killed, and not when a server was asked for them.
+	damaged []ref
+	// lacks is what a check finds when it begins.
+	lacks string
 	// then is what refs answer when it is over and the publisher can be reached.
 	then map[ref]ref
 }
@@ -75,6 +82,13 @@ func operations() []operation {
 			}
 		}},
 		{name: "lost blob", store: "lost", asks: []ref{lost}, then: map[ref]ref{lost: lost}},
+		{name: "damaged blob", store: "damaged", asks: []ref{lost}, damaged: []ref{lost}, then: map[ref]ref{lost: lost}},
+		{name: "scrub", store: "damaged", args: []string{"scrub"}, exit: 1, damaged: []ref{lost}, then: map[ref]ref{lost: lost}},
+		{name: "scrub by a server", store: "damaged", damaged: []ref{lost}, when: func(r *run, p *process) {
+			// If the server is killed meanwhile, this fails. What it finds is fetched again at once.
+			_ = r.command(r.w.live, "scrub").Run()
+			r.get(p, lost)
+		}, then: map[ref]ref{lost: lost}},
 		{name: "quarantine", store: "base", asks: []ref{bad}},
 		{name: "eviction", store: "base", args: []string{"gc", "--to", "700KiB"}, evicts: true, then: map[ref]ref{held: held, moving: moving, lost: lost}},
 		{name: "eviction by a server", store: "base", evicts: true, when: func(r *run, p *process) {
@@ -84,7 +98,7 @@ func operations() []operation {
 		{name: "first start", store: "empty", begins: true, when: settled, then: map[ref]ref{cold: cold}},
 		{name: "start after a kill", store: "killed", begins: true, when: settled},
 		{name: "start after a kill in a commit", store: "torn", begins: true, when: settled, then: map[ref]ref{torn: torn}},
-		{name: "start without an index", store: "no index", begins: true, when: settled},
+		{name: "start without an index", store: "no index", begins: true, when: settled, lacks: cache.CodeIndexMissing},
 		{name: "stop", store: "base", asks: []ref{held}, ends: true},
 	}
 }
@@ -92,41 +106,47 @@ func operations() []operation {
 const imageSize = 160 << 10
 
 // prepare publishes the images and makes the stores.
-func (w *world) prepare() {
-	w.t.Helper()
+func (w *world) prepare(t *testing.T) {
+	t.Helper()
 	for _, r := range []ref{held, moving, back, lost, cold, half, torn} {
-		w.publish(r, imageSize)
+		w.publish(t, r, imageSize)
 	}
-	w.publishSpec(bad, acitest.Spec{RootfsSize: imageSize, Extra: []acitest.Entry{acitest.File("elsewhere", "neither the manifest nor in rootfs")}})
+	w.publishSpec(t, bad, acitest.Spec{RootfsSize: imageSize, Extra: []acitest.Entry{acitest.File("elsewhere", "neither the manifest nor in rootfs")}})
 	w.stores["empty"] = &store{}
-	base := w.newRun(w.t, "")
+	base := w.keptRun(t, "")
 	p := base.serve(w.live)
 	hold := func(r *run, p *process, refs ...ref) {
-		w.t.Helper()
+		t.Helper()
 		for _, of := range refs {
 			if a := r.get(p, of); !a.whole() {
-				w.t.Fatalf("preparing a store: %v\n%s", a, p.output())
+				t.Fatalf("preparing a store: %v\n%s", a, p.output())
 			}
 			r.inspected(p, of)
 		}
 	}
 	hold(base, p, held, held.at(""), moving.at(""), back.at(""), lost)
-	w.publish(moving.at("2.0.0"), imageSize)
-	w.publish(back.at("2.0.0"), imageSize)
+	w.publish(t, moving.at("2.0.0"), imageSize)
+	w.publish(t, back.at("2.0.0"), imageSize)
 	hold(base, p, back.at(""))
 	w.publisher.SetLatest(imageHost+"/"+back.name, back.version)
 	p.stop()
 	all := []ref{held, held.at(""), moving, moving.at(""), back, back.at("2.0.0"), back.at(""), lost}
 	w.stores["base"] = &store{data: base.data, held: all}
 	from := func(name string, held []ref, change func(r *run)) {
-		r := w.newRun(w.t, base.data)
+		r := w.keptRun(t, base.data)
 		change(r)
 		w.stores[name] = &store{data: r.data, held: held}
 	}
-	from("no index", all, func(r *run) { w.remove(filepath.Join(r.data, "store", "index.db")) })
+	from("no index", all, func(r *run) { remove(t, filepath.Join(r.data, "store", "index.db")) })
 	from("lost", all[:len(all)-1], func(r *run) {
 		sum := w.images[lost].sum
-		w.remove(filepath.Join(r.data, "store", "blobs", sum[:2], sum))
+		remove(t, filepath.Join(r.data, "store", "blobs", sum[:2], sum))
+	})
+	from("damaged", all[:len(all)-1], func(r *run) {
+		sum := w.images[lost].sum
+		if err := os.Truncate(filepath.Join(r.data, "store", "blobs", sum[:2], sum), imageSize/2); err != nil {
+			t.Fatal(err)
+		}
 	})
 	from("killed", append(slices.Clone(all), cold), func(r *run) {
 		p := r.serve(w.live)
@@ -164,10 +184,10 @@ func (r *run) arriveInPart(of ref) {
 	asking.Wait()
 }
 
-func (w *world) remove(file string) {
-	w.t.Helper()
+func remove(t *testing.T, file string) {
+	t.Helper()
 	if err := os.Remove(file); err != nil {
-		w.t.Fatal(err)
+		t.Fatal(err)
 	}
 }
 
@@ -279,7 +299,7 @@ func (w *world) pointsOf(t *testing.T, op operation) []point {
 	p.tracer.Disarm()
 	switch {
 	case op.args != nil:
-		if p.status.ExitStatus() != 0 {
+		if p.status.ExitStatus() != op.exit {
 			t.Fatalf("acproxy %s: %s\n%s", strings.Join(op.args, " "), describe(p.status), p.output())
 		}
 	case !op.ends:

@@ -7,9 +7,11 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -22,6 +24,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/internal/aci"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
 	"github.com/acproxy/acproxy/test/publisher"
 	"github.com/acproxy/acproxy/test/tracer"
@@ -58,9 +63,8 @@ type image struct {
 	place string // the pattern of its blob at the publisher
 }
 
-// A world is what the runs of a test share: a publisher, the keys, the configurations, and stores to begin with.
+// A world is what runs share: a publisher, the keys, the configurations, and stores to begin with.
 type world struct {
-	t         *testing.T
 	dir       string
 	publisher *publisher.Publisher
 	key       *trusttest.Key // trusted for the image host
@@ -70,6 +74,7 @@ type world struct {
 	client    *http.Client
 	// cutThrough says that images are passed on before they have been checked whole.
 	cutThrough bool
+	nobody     int // the socket that nobody listens at
 
 	mu     sync.Mutex
 	images map[ref]image
@@ -82,35 +87,79 @@ type store struct {
 	held []ref  // what it holds
 }
 
-// newWorld starts a publisher. The configurations have a kind of delivery.
-func newWorld(t *testing.T, delivery string) *world {
+// worlds has one world for each kind of delivery, for all tests. TestMain closes them.
+var worlds struct {
+	mu sync.Mutex
+	of map[string]*world
+}
+
+// worldOf returns the world with a kind of delivery. It is made when it is asked for first.
+func worldOf(t *testing.T, delivery string) *world {
 	t.Helper()
-	// Not TempDir: a socket's path has to be short.
-	dir, err := os.MkdirTemp(roomy(), "acproxy-chaos-")
+	worlds.mu.Lock()
+	defer worlds.mu.Unlock()
+	if w := worlds.of[delivery]; w != nil {
+		return w
+	}
+	w, err := newWorld(delivery)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, dir: dir, cutThrough: delivery == "cut-through", images: make(map[ref]image), stores: make(map[string]*store)}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	w.key = newKey(t)
-	if w.publisher, err = publisher.Start(publisher.Options{}); err != nil {
-		t.Fatal(err)
+	if worlds.of == nil {
+		worlds.of = make(map[string]*world)
 	}
-	t.Cleanup(func() { w.publisher.Close() })
-	w.write("publisher-ca.pem", w.publisher.CAPEM())
-	if _, err := trust.Add(trust.Dirs{Local: w.path("keys")}, imageHost, w.key.Armored()); err != nil {
-		t.Fatal(err)
+	worlds.of[delivery] = w
+	w.prepare(t)
+	return w
+}
+
+// closeWorlds ends what worldOf began.
+func closeWorlds() error {
+	worlds.mu.Lock()
+	defer worlds.mu.Unlock()
+	var errs []error
+	for _, w := range worlds.of {
+		w.publisher.Close()
+		errs = append(errs, syscall.Close(w.nobody), os.RemoveAll(w.dir))
 	}
-	w.live = w.write("live.yaml", []byte(w.config(w.publisher.Addr(), delivery, "1h")))
-	w.graceless = w.write("graceless.yaml", []byte(w.config(w.publisher.Addr(), delivery, "0s")))
-	w.alone = w.write("alone.yaml", []byte(w.config(nobody(t), delivery, "1h")))
+	return errors.Join(errs...)
+}
+
+// newWorld starts a publisher and writes keys and configurations.
+func newWorld(delivery string) (*world, error) {
+	// Not in a test's own directory: a socket's path has to be short.
+	dir, err := os.MkdirTemp(roomy(), "acproxy-chaos-")
+	if err != nil {
+		return nil, err
+	}
+	w := &world{dir: dir, cutThrough: delivery == "cut-through", images: make(map[ref]image), stores: make(map[string]*store)}
 	// No connection is used twice: a server that was killed would be asked by the one it had.
 	w.client = &http.Client{Transport: &http.Transport{DialContext: dialLoopback, DisableKeepAlives: true, DisableCompression: true}, Timeout: patience}
-	return w
+	if w.key, err = trusttest.NewKey(trusttest.Options{Algorithm: trusttest.EdDSA}); err != nil {
+		return nil, err
+	}
+	if w.publisher, err = publisher.Start(publisher.Options{}); err != nil {
+		return nil, err
+	}
+	alone := ""
+	if w.nobody, alone, err = nobody(); err != nil {
+		return nil, err
+	}
+	if _, err := trust.Add(trust.Dirs{Local: w.path("keys")}, imageHost, w.key.Armored()); err != nil {
+		return nil, err
+	}
+	w.live, w.graceless, w.alone = w.path("live.yaml"), w.path("graceless.yaml"), w.path("alone.yaml")
+	for file, content := range map[string]string{
+		w.path("publisher-ca.pem"): string(w.publisher.CAPEM()),
+		w.live:                     w.config(w.publisher.Addr(), delivery, "1h"),
+		w.graceless:                w.config(w.publisher.Addr(), delivery, "0s"),
+		w.alone:                    w.config(alone, delivery, "1h"),
+	} {
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			return nil, err
+		}
+	}
+	return w, nil
 }
 
 // roomy returns a directory in memory, if there is one with room, else "". What a killed process leaves is the same there as on a disk, and none has
@@ -124,43 +173,23 @@ func roomy() string {
 	return memory
 }
 
-func newKey(t *testing.T) *trusttest.Key {
-	t.Helper()
-	key, err := trusttest.NewKey(trusttest.Options{Algorithm: trusttest.EdDSA})
+// nobody returns an address that nobody answers at: it stays bound, as long as the socket is open, and isn't listened at.
+func nobody() (socket int, address string, err error) {
+	if socket, err = syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0); err != nil {
+		return 0, "", err
+	}
+	if err := syscall.Bind(socket, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		return 0, "", err
+	}
+	bound, err := syscall.Getsockname(socket)
 	if err != nil {
-		t.Fatal(err)
+		return 0, "", err
 	}
-	return key
-}
-
-// nobody returns an address that nobody answers at: it stays bound, and isn't listened at.
-func nobody(t *testing.T) string {
-	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { syscall.Close(fd) })
-	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	bound, err := syscall.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return net.JoinHostPort("127.0.0.1", fmt.Sprint(bound.(*syscall.SockaddrInet4).Port))
+	return socket, net.JoinHostPort("127.0.0.1", fmt.Sprint(bound.(*syscall.SockaddrInet4).Port)), nil
 }
 
 func (w *world) path(elem ...string) string {
 	return filepath.Join(append([]string{w.dir}, elem...)...)
-}
-
-func (w *world) write(name string, content []byte) string {
-	w.t.Helper()
-	if err := os.WriteFile(w.path(name), content, 0o600); err != nil {
-		w.t.Fatal(err)
-	}
-	return w.path(name)
 }
 
 // config is the configuration with a publisher's address. A ref without a version is asked for each time, so that it moves on when it can.
@@ -182,21 +211,21 @@ publishers: [{prefix: %[1]s, ca_file: %[4]s}]
 }
 
 // publish publishes a signed image of a size.
-func (w *world) publish(r ref, size int64) image {
-	w.t.Helper()
-	return w.publishSpec(r, acitest.Spec{RootfsSize: size})
+func (w *world) publish(t *testing.T, r ref, size int64) image {
+	t.Helper()
+	return w.publishSpec(t, r, acitest.Spec{RootfsSize: size})
 }
 
-func (w *world) publishSpec(r ref, spec acitest.Spec) image {
-	w.t.Helper()
+func (w *world) publishSpec(t *testing.T, r ref, spec acitest.Spec) image {
+	t.Helper()
 	labels := map[string]string{"version": r.version, "os": "linux", "arch": "amd64"}
 	spec.Name, spec.Labels = imageHost+"/"+r.name, labels
-	im := image{ref: r, aci: acitest.Must(w.t, spec)}
+	im := image{ref: r, aci: acitest.Must(t, spec)}
 	sum := sha256.Sum256(im.aci)
 	im.sum = hex.EncodeToString(sum[:])
 	published, err := w.publisher.AddSigned(publisher.Image{Name: spec.Name, Labels: labels, ACI: im.aci}, w.key)
 	if err != nil {
-		w.t.Fatal(err)
+		t.Fatal(err)
 	}
 	im.place = strings.TrimPrefix(published.URL, "https://")
 	w.mu.Lock()
@@ -268,8 +297,20 @@ type run struct {
 	told []answer // whole answers, in order, but for those with the bad image
 }
 
-// newRun begins with a copy of a data directory; "" is an empty one.
+// newRun begins with a copy of a data directory; "" is an empty one. It is removed when the test ends.
 func (w *world) newRun(t *testing.T, from string) *run {
+	t.Helper()
+	r := w.keptRun(t, from)
+	t.Cleanup(func() {
+		if err := os.RemoveAll(r.data); err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+// keptRun is newRun; what it leaves is kept as long as the world.
+func (w *world) keptRun(t *testing.T, from string) *run {
 	t.Helper()
 	data, err := os.MkdirTemp(w.dir, "run-")
 	if err != nil {
@@ -278,11 +319,6 @@ func (w *world) newRun(t *testing.T, from string) *run {
 	if from != "" {
 		copyDir(t, from, data)
 	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(data); err != nil {
-			t.Error(err)
-		}
-	})
 	return &run{w: w, t: t, data: data}
 }
 
@@ -425,8 +461,9 @@ func (r *run) wantHeld(p *process, held []ref) {
 	}
 }
 
-// tidy checks that nothing lies about in the store of a server that was stopped when nothing was arriving, and that fsck is content.
-func (r *run) tidy() {
+// tidy checks that nothing lies about in the store of a server that was stopped when nothing was arriving, and that a check of the store finds no problem.
+// An image that was damaged has left something in the quarantine directory.
+func (r *run) tidy(damaged ...ref) {
 	r.t.Helper()
 	names := func(elem ...string) []string {
 		entries, err := os.ReadDir(filepath.Join(append([]string{r.data, "store"}, elem...)...))
@@ -439,9 +476,12 @@ func (r *run) tidy() {
 		}
 		return out
 	}
-	for _, dir := range []string{"partial", "quarantine"} {
-		if left := names(dir); len(left) > 0 {
-			r.t.Errorf("%s holds %q", dir, left)
+	if left := names("partial"); len(left) > 0 {
+		r.t.Errorf("partial holds %q", left)
+	}
+	for _, name := range names("quarantine") {
+		if !slices.ContainsFunc(damaged, func(of ref) bool { return strings.Contains(name, r.w.images[of].sum) }) {
+			r.t.Errorf("quarantine holds %s", name)
 		}
 	}
 	for _, shard := range names("blobs") {
@@ -463,11 +503,66 @@ func (r *run) tidy() {
 		r.t.Error(err)
 	}
 	r.audited()
-	if hasFsck() {
-		if out, err := r.command(r.w.alone, "fsck").CombinedOutput(); err != nil {
-			r.t.Errorf("acproxy fsck: %v\n%s", err, out)
+	r.sound("stopped", operation{})
+}
+
+// sound checks that a check of the store, which no server has open, finds nothing wrong with it, but for what an operation begins with. What a kill leaves,
+// and the next start mends, is worth a note and no problem.
+func (r *run) sound(when string, op operation) {
+	r.t.Helper()
+	checked, err := r.check()
+	var none *acproxy.Error
+	if errors.As(err, &none) && none.Code == "no-store" && op.store == "empty" {
+		return // it was killed before there was one
+	}
+	if err != nil {
+		r.t.Errorf("%s: checking the store: %v", when, err)
+	}
+	for _, f := range checked {
+		about := func(of ref) bool { return strings.Contains(f.Path, r.w.images[of].sum) }
+		if !f.Note && f.Code != op.lacks && !slices.ContainsFunc(op.damaged, about) {
+			r.t.Errorf("%s: fsck finds %s in %s: %s", when, f.Code, f.Path, f.Detail)
 		}
 	}
+}
+
+// check checks the store and returns what it finds: by the command if there is time for everything, else within this process.
+func (r *run) check() (found []cache.Finding, err error) {
+	if !everything() {
+		inspect := func(b io.Reader) (acproxy.ImageID, error) {
+			found, err := aci.Inspect(b, aci.Limits{}, nil)
+			return found.ID, err
+		}
+		opts := cache.Options{Log: slog.New(slog.DiscardHandler), Inspect: inspect}
+		_, err := cache.Check(r.t.Context(), filepath.Join(r.data, "store"), opts, cache.CheckOptions{Found: func(f cache.Finding) { found = append(found, f) }})
+		return found, err
+	}
+	cmd := r.command(r.w.alone, "fsck", "--json")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, failed := cmd.Output()
+	if strings.Contains(stderr.String(), "holds no store") || strings.Contains(stderr.String(), "there is no directory") {
+		return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-store", Detail: stderr.String()}
+	}
+	problems := 0
+	lines := json.NewDecoder(bytes.NewReader(out))
+	for lines.More() {
+		var line struct{ Finding *cache.Finding }
+		if err := lines.Decode(&line); err != nil {
+			return nil, fmt.Errorf("reading what acproxy fsck says: %w\n%s", err, out)
+		}
+		if line.Finding == nil {
+			continue // the sum
+		}
+		found = append(found, *line.Finding)
+		if !line.Finding.Note {
+			problems++
+		}
+	}
+	if (failed != nil) != (problems > 0) {
+		return found, fmt.Errorf("acproxy fsck found %d problems and ended with %v: %s", problems, failed, stderr.String())
+	}
+	return found, nil
 }
 
 // audited checks that every line of the audit can be read.
@@ -490,38 +585,60 @@ func (r *run) audited() {
 	}
 }
 
-// hasFsck reports whether the binary can check a store.
-var hasFsck = sync.OnceValue(func() bool { return hasCommand("fsck") })
-
-// hasCommand reports whether the binary has a command.
-func hasCommand(name string) bool {
-	help, err := exec.Command(binary, name, "--help").Output()
-	return err == nil && bytes.Contains(help, []byte("acproxy "+name))
+// A counter counts what was tried, by operation.
+type counter struct {
+	mu   sync.Mutex
+	rows []*countRow
 }
 
-// A counter counts what was tried.
-type counter struct {
-	mu            sync.Mutex
-	kills, faults int
+// countRow is what was tried of one operation.
+type countRow struct {
+	operation             string
+	calls, kills, failing int
 }
 
 // tally is what this test run has tried.
 var tally counter
 
-func (c *counter) killed() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.kills++
+// row returns the row of an operation. The caller holds mu.
+func (c *counter) row(operation string) *countRow {
+	for _, r := range c.rows {
+		if r.operation == operation {
+			return r
+		}
+	}
+	r := &countRow{operation: operation}
+	c.rows = append(c.rows, r)
+	return r
 }
 
-func (c *counter) failed() {
+// calls notes how many calls an operation makes.
+func (c *counter) calls(operation string, n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.faults++
+	c.row(operation).calls = n
+}
+
+func (c *counter) killed(operation string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.row(operation).kills++
+}
+
+func (c *counter) failed(operation string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.row(operation).failing++
 }
 
 func (c *counter) print(w io.Writer) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	fmt.Fprintf(w, "chaos: acproxy was killed at %d calls, and %d times a call failed\n", c.kills, c.faults)
+	sum := countRow{operation: "all"}
+	for _, r := range c.rows {
+		sum.calls, sum.kills, sum.failing = sum.calls+r.calls, sum.kills+r.kills, sum.failing+r.failing
+	}
+	for _, r := range append(c.rows, &sum) {
+		fmt.Fprintf(w, "chaos: %-42s %5d crash points  killed %5d times  a call failed %5d times\n", r.operation, r.calls, r.kills, r.failing)
+	}
 }
