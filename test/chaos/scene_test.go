@@ -141,10 +141,11 @@ func newWorld(delivery string) (*world, error) {
 	if w.publisher, err = publisher.Start(publisher.Options{}); err != nil {
 		return nil, err
 	}
-	alone := ""
-	if w.nobody, alone, err = nobody(); err != nil {
+	socket, alone, err := nobody()
+	if err != nil {
 		return nil, err
 	}
+	w.nobody = socket
 	if _, err := trust.Add(trust.Dirs{Local: w.path("keys")}, imageHost, w.key.Armored()); err != nil {
 		return nil, err
 	}

@@ -157,7 +157,7 @@ func (p *Process) Await(ctx context.Context, wanted func([]Call) bool) error {
 }
 
 // count notes a call, and returns what is to be done about it.
-func (p *Process) count(name string, nr, count uint64, call Call) (f Fault, now bool) {
+func (p *Process) count(nr, count uint64, call Call) (f Fault, now bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.fault == nil || p.fault.Only != nil && !p.fault.Only(call) {
@@ -328,7 +328,7 @@ func (p *Process) entering(tid int, t *thread, info callInfo) {
 	if !ok {
 		return
 	}
-	fault, now := p.count(k.name, info.nrOrResult, info.args[2], call)
+	fault, now := p.count(info.nrOrResult, info.args[2], call)
 	switch {
 	case !now:
 	case fault.Kill && !fault.After:
