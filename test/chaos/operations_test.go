@@ -54,7 +54,7 @@ type operation struct {
 	evicts bool
 	// exit is the exit code of a command.
 	exit int
-	// damaged are images whose blobs are damaged when it begins. They may be when it was killed, and not when a server was asked for them.
+	// damaged are images whose blobs are damaged or gone when it begins. They may be when it was killed, and not when a server was asked for them.
 	damaged []ref
 	// lacks is what a check finds when it begins.
 	lacks string
@@ -81,7 +81,7 @@ func operations() []operation {
 				r.t.Error("waiting for the times of last use to be written:", err)
 			}
 		}},
-		{name: "lost blob", store: "lost", asks: []ref{lost}, then: map[ref]ref{lost: lost}},
+		{name: "lost blob", store: "lost", asks: []ref{lost}, damaged: []ref{lost}, then: map[ref]ref{lost: lost}},
 		{name: "damaged blob", store: "damaged", asks: []ref{lost}, damaged: []ref{lost}, then: map[ref]ref{lost: lost}},
 		{name: "scrub", store: "damaged", args: []string{"scrub"}, exit: 1, damaged: []ref{lost}, then: map[ref]ref{lost: lost}},
 		{name: "scrub by a server", store: "damaged", damaged: []ref{lost}, when: func(r *run, p *process) {
