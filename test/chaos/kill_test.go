@@ -25,10 +25,16 @@ func TestKill(t *testing.T) {
 			if !everything() {
 				points = some(points, tried)
 			}
-			var n atomic.Int64
+			var n, killed atomic.Int64
 			each(t, points, func(t *testing.T, at point) {
-				w.kill(t, op, at.fault(tracer.Fault{Kill: true}), everything() || n.Add(1)%2 == 0)
+				if w.kill(t, op, at.fault(tracer.Fault{Kill: true}), everything() || n.Add(1)%2 == 0) {
+					killed.Add(1)
+				}
 			})
+			// The writes of the index are not as many each time, so that it doesn't come to the last of them.
+			if killed.Load() < int64(len(points)+1)/2 {
+				t.Errorf("it was killed at %d of %d points", killed.Load(), len(points))
+			}
 		})
 	}
 }
@@ -87,12 +93,14 @@ func some(points []point, tried map[string]bool) []point {
 }
 
 // kill kills acproxy during an operation, and looks at what is left of it when it is started again without a publisher: nothing is lost, and nothing is wrong.
-// With then, it is killed once more, and started with the publisher: it does what the operation was about, and leaves nothing lying about.
-func (w *world) kill(t *testing.T, op operation, fault tracer.Fault, then bool) {
+// With then, it is killed once more, and started with the publisher: it does what the operation was about, and leaves nothing lying about. It reports
+// whether it came to the first kill.
+func (w *world) kill(t *testing.T, op operation, fault tracer.Fault, then bool) bool {
 	r := w.newRun(t, w.stores[op.store].data)
 	p := r.do(op, fault)
 	p.end(syscall.SIGKILL)
-	if len(p.tracer.Hits()) > 0 {
+	hit := len(p.tracer.Hits()) > 0
+	if hit {
 		tally.killed(op.name)
 	} else {
 		t.Log("it didn't come to this call")
@@ -105,7 +113,7 @@ func (w *world) kill(t *testing.T, op operation, fault tracer.Fault, then bool) 
 		p.says("the index is complete")
 		p.stop()
 		r.sound("stopped", operation{damaged: op.damaged})
-		return
+		return hit
 	}
 	p.end(syscall.SIGKILL)
 
@@ -113,6 +121,7 @@ func (w *world) kill(t *testing.T, op operation, fault tracer.Fault, then bool) 
 	r.wantThen(p, op)
 	p.stop()
 	r.tidy(op.damaged...)
+	return hit
 }
 
 // TestKillTwice kills a server in its first fetch, and the next one at each call of its start: what the first has left is no worse for that.
