@@ -102,7 +102,7 @@ func (r *run) fails(p *process, f failure, at point, of ref) {
 	hits.Go(func() {
 		for {
 			if a := r.get(p, held); !a.whole() || !strings.HasPrefix(a.header.Get("Cache-Status"), "acproxy; hit") {
-				r.t.Errorf("%s at %v: what is held is served as %v", f.name, at, a)
+				r.t.Errorf("%s at %v: what is held is served as %v (%s)", f.name, at, a, a.header.Get("Cache-Status"))
 				return
 			}
 			select {
