@@ -75,6 +75,8 @@ type world struct {
 	// cutThrough says that images are passed on before they have been checked whole.
 	cutThrough bool
 	nobody     int // the socket that nobody listens at
+	// points are the calls of each operation. Operations are looked at one after the other.
+	points map[string][]point
 
 	mu     sync.Mutex
 	images map[ref]image
@@ -132,7 +134,7 @@ func newWorld(delivery string) (*world, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &world{dir: dir, cutThrough: delivery == "cut-through", images: make(map[ref]image), stores: make(map[string]*store)}
+	w := &world{dir: dir, cutThrough: delivery == "cut-through", images: make(map[ref]image), stores: make(map[string]*store), points: make(map[string][]point)}
 	// No connection is used twice: a server that was killed would be asked by the one it had.
 	w.client = &http.Client{Transport: &http.Transport{DialContext: dialLoopback, DisableKeepAlives: true, DisableCompression: true}, Timeout: patience}
 	if w.key, err = trusttest.NewKey(trusttest.Options{Algorithm: trusttest.EdDSA}); err != nil {
