@@ -6,7 +6,7 @@ FUZZTIME ?= 30s
 TIMEOUT  ?= 10m
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt lint test race fuzz fuzz-list bench bench-verify bench-peers soak bench-store bench-compare run demo profile generate check
+.PHONY: help fmt lint test race chaos fuzz fuzz-list bench bench-verify bench-peers soak bench-store bench-compare run demo profile generate check
 
 help: ## show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
@@ -23,6 +23,9 @@ test: ## the tests, as on a machine that has only Go
 
 race: ## the tests under the race detector
 	$(GO) test -race -timeout $(TIMEOUT) ./...
+
+chaos: ## kill acproxy at every call that changes its files, and have each of them fail: ARGS="-run TestKill"
+	@cd test/chaos && ACPROXY_CHAOS=1 $(GO) test -count 1 -timeout 3h $(ARGS)
 
 fuzz-list: ## name the fuzz targets, as package:target
 	@grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . | \

@@ -60,6 +60,7 @@ var layers = map[string][]string{
 	"test/publisher":               {".", "trust/trusttest", "internal/aci/acitest"},
 	"test/publisher/cmd/publisher": {"test/publisher", "trust/trusttest", "internal/aci/acitest"},
 	"test/node":                    {},
+	"test/tracer":                  {},
 }
 
 // reserved says which packages may import something of others, outside of tests and of what is made for tests.

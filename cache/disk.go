@@ -129,7 +129,8 @@ type Disk struct {
 	ix        *index
 	names     bool          // the index knows of everything that was reported to be held
 	settled   bool          // the index has been verified, too
-	changed   chan struct{} // closed and replaced when more is known than before
+	failed    error         // why the index could not be completed when that was last tried; it is tried again
+	changed   chan struct{} // closed and replaced when more is known than before, or it is known why not
 	closed    bool
 	uncounted bool // space waits for the sums of the index
 	touched   map[acproxy.Digest]time.Time
@@ -425,7 +426,7 @@ func (d *Disk) replace(ix *index, cause error) error {
 	}
 	d.mu.Lock()
 	if closed = d.closed; !closed {
-		d.ix, d.names, d.settled = another, false, false
+		d.ix, d.names, d.settled, d.failed = another, false, false, nil
 		if !d.uncounted {
 			d.uncounted = true
 			d.space.counting()
@@ -449,8 +450,8 @@ func (d *Disk) retire(ix *index) {
 
 // begin checks an index, fills in what it doesn't know, and makes it one whose silence can be believed.
 func (d *Disk) begin(ix *index) {
-	const pause = 10 * time.Second
-	for {
+	const shortest, longest = 250 * time.Millisecond, 10 * time.Second
+	for pause := shortest; ; pause = min(2*pause, longest) {
 		err := d.settle(ix)
 		switch {
 		case err == nil, errors.Is(err, errClosed), d.ctx.Err() != nil:
@@ -460,7 +461,8 @@ func (d *Disk) begin(ix *index) {
 				return
 			}
 		}
-		d.log.Error("making the index complete: what is in it is served, what isn't waits", "again in", pause, "err", err)
+		d.unsettled(ix, noSpace(err))
+		d.log.Error("making the index complete: what is in it is served", "again in", pause, "err", err)
 		select {
 		case <-time.After(pause):
 		case <-d.ctx.Done():
@@ -558,6 +560,21 @@ func (d *Disk) countIndex(ix *index, unchanged bool) error {
 	return nil
 }
 
+// unsettled tells those who wait for an index to be made complete why it isn't, so that they need not wait for longer than a full disk lasts.
+func (d *Disk) unsettled(ix *index, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ix != ix {
+		return
+	}
+	d.failed = err
+	close(d.changed)
+	d.changed = make(chan struct{})
+	if d.uncounted {
+		d.space.uncountable(err)
+	}
+}
+
 // announce wakes those who wait for more to be known.
 func (d *Disk) announce(ix *index, names, settled bool) {
 	d.mu.Lock()
@@ -566,6 +583,9 @@ func (d *Disk) announce(ix *index, names, settled bool) {
 		return
 	}
 	d.names, d.settled = names, settled
+	if settled {
+		d.failed = nil
+	}
 	close(d.changed)
 	d.changed = make(chan struct{})
 }
@@ -575,13 +595,14 @@ type knowledge struct {
 	ix      *index
 	names   bool            // it names all that is held
 	settled bool            // so it does, and all of it was verified
-	changed <-chan struct{} // closed when it names more
+	failed  error           // why it could not be made to name all of that, when that was last tried
+	changed <-chan struct{} // closed when it names more, or failed changes
 }
 
 func (d *Disk) knowledge() knowledge {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return knowledge{d.ix, d.names, d.settled, d.changed}
+	return knowledge{d.ix, d.names, d.settled, d.failed, d.changed}
 }
 
 // complete reports whether a look-up that found nothing after k was taken has found nothing in an index that names all that is held.
@@ -595,12 +616,18 @@ func (d *Disk) Rebuilding() bool {
 	return !d.knowledge().settled
 }
 
-// Ready waits until Rebuilding is false.
-func (d *Disk) Ready(ctx context.Context) error {
+// Ready waits until Rebuilding is false, however often it fails to become so.
+func (d *Disk) Ready(ctx context.Context) error { return d.ready(ctx, true) }
+
+// ready is Ready; unless patient, the first failure ends it.
+func (d *Disk) ready(ctx context.Context, patient bool) error {
 	for {
 		k := d.knowledge()
-		if k.settled {
+		switch {
+		case k.settled:
 			return nil
+		case k.failed != nil && !patient:
+			return k.failed
 		}
 		if err := d.await(ctx, k.changed); err != nil {
 			return err

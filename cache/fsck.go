@@ -79,6 +79,7 @@ type checker struct {
 	opts Options
 	sum  Checked
 
+	unmade  bool // the store was being made when it was last open: there is nothing in it yet, and what isn't there is none that is missing
 	indexed bool // the index can be read, and names all that is held
 	unclean bool // the store was not closed properly: something may have been on its way in or out
 	// before are done before the store is opened for repairs, after are done then.
@@ -125,6 +126,7 @@ func (c *checker) check(ctx context.Context) (err error) {
 // read looks at everything.
 func (c *checker) read(ctx context.Context, entries []fs.DirEntry) (err error) {
 	d := c.d
+	c.unmade = unmade(d, entries)
 	if err := c.version(); err != nil {
 		return err
 	}
@@ -146,6 +148,26 @@ func (c *checker) read(ctx context.Context, entries []fs.DirEntry) (err error) {
 		}
 	}
 	return nil
+}
+
+// unmade reports whether there is nothing in a store but what its first start makes before the index, which comes last.
+func unmade(d *Disk, entries []fs.DirEntry) bool {
+	for _, e := range entries {
+		if name := e.Name(); strings.HasPrefix(name, indexFile) || name == refTableFile {
+			return false
+		}
+	}
+	for _, dir := range []string{blobDir, nameDir, quarantineDir} {
+		if len(readable(d.path(dir))) > 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// toMake notes something that isn't there because the first start was interrupted.
+func (c *checker) toMake(code, path string) {
+	c.note(code, path, "it is not there: the store was being made when it was last open", "the next start makes it")
 }
 
 // found notes a finding. do, if it isn't nil, repairs it.
@@ -195,6 +217,9 @@ func (c *checker) version() error {
 	version, notNumber := strconv.Atoi(strings.TrimSpace(string(b)))
 	f := Finding{Code: CodeVersion, Path: versionFile, Repair: fmt.Sprintf("it is written again, with version %d", Version)}
 	switch {
+	case errors.Is(err, fs.ErrNotExist) && c.unmade:
+		c.toMake(CodeVersion, path)
+		return nil
 	case errors.Is(err, fs.ErrNotExist):
 		f.Detail = "it is not there"
 	case err != nil:
@@ -243,6 +268,10 @@ func (c *checker) layout(entries []fs.DirEntry) error {
 			continue
 		}
 		path := d.path(dir)
+		if !ok && c.unmade {
+			c.toMake(CodeLayout, path)
+			continue
+		}
 		f := Finding{Code: CodeLayout, Path: dir, Detail: "the directory is not there", Repair: "it is made"}
 		if ok {
 			f.Detail, f.Repair = "it is not a directory", "it is moved out of the way, and the directory is made"
@@ -296,6 +325,9 @@ func (c *checker) index(ctx context.Context) (*index, error) {
 			err = ix.close()
 		}
 		return nil, errors.Join(context.Cause(ctx), err)
+	case errors.Is(err, fs.ErrNotExist) && c.unmade:
+		c.toMake(CodeIndexMissing, path)
+		return nil, nil
 	case errors.Is(err, fs.ErrNotExist):
 		anew(CodeIndexMissing, "it is not there")
 		return nil, nil
@@ -744,7 +776,7 @@ func (c *checker) repair(ctx context.Context) error {
 		d.cancel()
 		return errors.Join(err, d.lock.Close())
 	}
-	err := d.Ready(ctx)
+	err := d.ready(ctx, false)
 	if err == nil {
 		err = c.asides(d)
 	}

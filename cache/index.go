@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -434,7 +435,7 @@ func (x *index) run(changes []*write) error {
 		if t, err = getTotals(tx); err != nil {
 			return err
 		}
-		return tx.Commit()
+		return withCause(tx.Commit())
 	})
 	switch {
 	case err == nil:
@@ -493,6 +494,19 @@ func (x *index) guard(call func() error) (err error) {
 		}
 	}()
 	return call()
+}
+
+// withCause gives an error of bbolt its cause back where that is in the text only, as with "file resize error: no space left on device".
+func withCause(err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {
+		if text, ok := strings.CutSuffix(err.Error(), errno.Error()); ok && !errors.Is(err, errno) {
+			return fmt.Errorf("%s%w", text, errno)
+		}
+	}
+	return err
 }
 
 // close ends the writer and closes the file, once its readers are done.

@@ -42,6 +42,9 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 		if a := d.hinted(ref); a != nil {
 			return a.to, a.rec, nil
 		}
+		if k.failed != nil {
+			return Resolution{}, Record{}, fmt.Errorf("looking up %v, which the index doesn't name, and may have to: %w", ref, k.failed)
+		}
 		if err := d.await(ctx, k.changed); err != nil {
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
 		}

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	bolt "go.etcd.io/bbolt"
@@ -201,4 +202,21 @@ func FuzzWalk(f *testing.F) {
 			t.Errorf("walk = %v, want none or one matching errPages", err)
 		}
 	})
+}
+
+func TestErrorsOfBboltKeepTheirCause(t *testing.T) {
+	for _, tt := range []struct {
+		err, is error
+	}{
+		{fmt.Errorf("file resize error: %s", syscall.ENOSPC), syscall.ENOSPC},
+		{fmt.Errorf("file sync error: %s", &os.PathError{Op: "sync", Path: "index.db", Err: syscall.EIO}), syscall.EIO},
+		{&os.PathError{Op: "write", Path: "index.db", Err: syscall.EROFS}, syscall.EROFS},
+	} {
+		if err := withCause(tt.err); !errors.Is(err, tt.is) || err.Error() != tt.err.Error() {
+			t.Errorf("withCause(%v) = %v, which is %v: %v", tt.err, err, tt.is, errors.Is(err, tt.is))
+		}
+	}
+	if err := errors.New("something else"); withCause(err) != err || withCause(nil) != nil {
+		t.Errorf("withCause(%v) = %v, withCause(nil) = %v", err, withCause(err), withCause(nil))
+	}
 }

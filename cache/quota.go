@@ -85,7 +85,8 @@ type space struct {
 
 	mu      sync.Mutex
 	unknown int           // parts that aren't counted yet
-	known   chan struct{} // closed when all are; replaced when that is over
+	failed  error         // why one of them can't be, for now
+	known   chan struct{} // closed when all are, or one can't be; replaced when that is over
 	closed  bool
 	waiting []*promise
 	// loosened goes up when something may have lost what kept it from being evicted.
@@ -152,11 +153,24 @@ func (s *space) counted(found func()) {
 	defer s.mu.Unlock()
 	found()
 	if s.unknown--; s.unknown == 0 {
-		close(s.known)
+		if s.failed == nil {
+			close(s.known)
+		}
+		s.failed = nil
 	}
 }
 
-// await returns when the sums are known, unless there is no need to know them.
+// uncountable says why a part of the sums can't be counted. It will be tried again; until then nobody waits for it.
+func (s *space) uncountable(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failed == nil {
+		close(s.known)
+	}
+	s.failed = err
+}
+
+// await returns when the sums are known, unless there is no need to know them. It returns an error if they can't be, for now.
 func (s *space) await(ctx context.Context) error {
 	if s.quota.MaxSize == 0 {
 		return nil
@@ -166,7 +180,9 @@ func (s *space) await(ctx context.Context) error {
 	s.mu.Unlock()
 	select {
 	case <-known:
-		return nil
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.failed
 	case <-ctx.Done():
 		return fmt.Errorf("waiting for the store to know how much it holds: %w", context.Cause(ctx))
 	}
@@ -277,16 +293,17 @@ func (s *space) promise(ctx context.Context, n int64, what string) error {
 	}
 	s.mu.Lock()
 	switch {
-	case s.closed:
-		s.mu.Unlock()
-		return errClosed
 	case len(s.waiting) == 0 && s.fits(n):
+		// Even when it is closed: the table of refs is written last.
 		s.loose += n
 		if s.above(s.quota.High) > 0 {
 			s.wake()
 		}
 		s.mu.Unlock()
 		return nil
+	case s.closed:
+		s.mu.Unlock()
+		return errClosed
 	}
 	p := &promise{n: n, what: what, done: make(chan error, 1)}
 	s.waiting = append(s.waiting, p)

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/acproxy/acproxy"
@@ -169,4 +170,47 @@ func TestMissesAreAnsweredBeforeAllIsVerified(t *testing.T) {
 	if b, err := io.ReadAll(f); err != nil || !bytes.Equal(b, images[0].Blob) {
 		t.Errorf("OpenBlob gave %d bytes, %v", len(b), err)
 	}
+}
+
+// TestNobodyWaitsForAnIndexThatCantBeMade keeps the index from being completed. What is held is served; what isn't known to be missing, and what needs to
+// know how much is held, gets the reason instead of waiting for that to end. When it ends, so does all of it.
+func TestNobodyWaitsForAnIndexThatCantBeMade(t *testing.T) {
+	dir, images := t.TempDir(), library()
+	opts := cache.Options{Quota: cache.Quota{MaxSize: 1 << 30}}
+	d := open(t, dir, opts)
+	fill(t, d, images)
+	closeStore(t, d)
+	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
+		t.Fatal(err)
+	}
+	loop := filepath.Join(dir, "names", "loop.json")
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	d = open(t, dir, opts)
+	if _, _, err := d.Resolve(t.Context(), cachetest.MustRef("example.com/never:1")); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("Resolve of what isn't held = %v, want what keeps the index from being made", err)
+	}
+	next := cachetest.NewImage("example.com/next", "1", 10)
+	if err := cachetest.Commit(t.Context(), d, next); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("Commit = %v, want what keeps the index from being made", err)
+	}
+	for _, img := range images {
+		if err := cachetest.Check(t.Context(), d, img); err != nil {
+			t.Errorf("while it can't be made: %v", err)
+		}
+	}
+	if !d.Rebuilding() {
+		t.Error("it was made all the same")
+	}
+	if err := os.Remove(loop); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := cachetest.Commit(t.Context(), d, next); err != nil {
+		t.Errorf("it is made, and yet: %v", err)
+	}
+	checkAll(t, d, append(images, next))
 }

@@ -698,6 +698,36 @@ func TestCheckAfterAKill(t *testing.T) {
 	checkAll(t, d, append(images, in))
 }
 
+// TestCheckOfAStoreThatIsBeingMade wants no problems in what a kill leaves of the first start, which makes one thing after the other. Where there is an
+// image, it was no first start.
+func TestCheckOfAStoreThatIsBeingMade(t *testing.T) {
+	dir := t.TempDir()
+	for _, next := range []string{"blobs", "names", "partial", "quarantine", "VERSION"} {
+		path := filepath.Join(dir, next)
+		if next == "VERSION" {
+			write(t, path, []byte("1\n"))
+		} else if err := os.Mkdir(path, 0o750); err != nil {
+			t.Fatal(err)
+		}
+		for _, repair := range []bool{false, true} {
+			got, f, _ := check(t, dir, repair)
+			if problems, notes := f.codes(); problems != "" || !strings.Contains(notes, cache.CodeIndexMissing) || got.Repaired+got.Left != 0 {
+				t.Errorf("with no more than %s: found: %s, noted: %s: %+v", next, problems, notes, got)
+			}
+		}
+	}
+	copyImage(t, dir, cachetest.NewImage("example.com/app", "1", 500))
+	remove(t, filepath.Join(dir, "VERSION"))
+	_, f, _ := check(t, dir, false)
+	if problems, _ := f.codes(); problems != "index-missing version" {
+		t.Errorf("with an image: found: %s", problems)
+	}
+	closeStore(t, open(t, dir, cache.Options{}))
+	if got, f, _ := check(t, dir, false); got.Problems != 0 {
+		t.Errorf("after a start: %+v", f.all)
+	}
+}
+
 // sealedRow is a value as the index stores it, with a checksum of bucket, key and value.
 func sealedRow(bucket string, key []byte, value ...byte) []byte {
 	sum := crc32.Update(0, crc32.MakeTable(crc32.Castagnoli), slices.Concat([]byte(bucket), key, value))

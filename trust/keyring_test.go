@@ -7,12 +7,14 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
 	openpgp "github.com/ProtonMail/go-crypto/openpgp/v2"
@@ -383,6 +385,29 @@ func TestWriting(t *testing.T) {
 	}
 	if got, _ := filepath.Glob(dirs.Local + "/root.d/.*"); len(got) != 0 {
 		t.Errorf("left behind: %q", got)
+	}
+}
+
+// TestWritingRemovesWhatWasLeft has temporary files lie about: one that a killed command has left hours ago, and one of a command that is at work.
+func TestWritingRemovesWhatWasLeft(t *testing.T) {
+	key := newKey(t, trusttest.Options{Algorithm: trusttest.EdDSA})
+	dirs := Dirs{Local: t.TempDir()}
+	left, current := filepath.Join(dirs.Local, ".tmp-LEFT"), filepath.Join(dirs.Local, ".tmp-CURRENT")
+	for _, name := range []string{left, current} {
+		writeFile(t, name, "half a key", 0o644)
+	}
+	then := time.Now().Add(-2 * time.Hour)
+	if err := os.Chtimes(left, then, then); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Add(dirs, "example.com", key.Armored()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(left); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Lstat of what was left = %v, want that it is gone", err)
+	}
+	if _, err := os.Lstat(current); err != nil {
+		t.Error(err)
 	}
 }
 

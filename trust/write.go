@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/durable"
@@ -192,7 +193,28 @@ func prefixFlag(prefix string) string {
 // put replaces a file. Its temporary file stands in the directory itself, where neither rkt nor the loader looks for keys: a node that
 // shares the directory would refuse every image for as long as half a key lay beside the others.
 func put(dirs Dirs, name string, content []byte) error {
+	clean(dirs.Local)
 	return durable.Replace(nil, filepath.Join(dirs.Local, durable.TempPrefix+rand.Text()), name, content, 0o644)
+}
+
+// leftFor is how old a temporary file is that nobody works on any more.
+const leftFor = time.Hour
+
+// clean removes temporary files that were left by commands that were killed.
+func clean(dir string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return
+	}
+	for _, entry := range entries {
+		if !strings.HasPrefix(entry.Name(), durable.TempPrefix) {
+			continue
+		}
+		if info, err := entry.Info(); err == nil && time.Since(info.ModTime()) > leftFor {
+			// What can't be removed is there for the next one to try.
+			_ = os.Remove(filepath.Join(dir, entry.Name()))
+		}
+	}
 }
 
 func remove(name string) error {
