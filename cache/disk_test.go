@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -24,6 +25,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/cache/cachetest"
+	"github.com/acproxy/acproxy/internal/durable"
 	"github.com/acproxy/acproxy/internal/durable/durabletest"
 )
 
@@ -1102,4 +1104,57 @@ func TestCorruptedCommitHealsOldBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkAll(t, d, []cachetest.Image{img})
+}
+
+// syncFails is a file system on which the first sync of each partial file fails, and no other: the operating system says such a thing once.
+type syncFails struct{ durable.FS }
+
+type syncFailsOnce struct {
+	durable.File
+	failed atomic.Bool
+}
+
+func (fsys syncFails) Create(name string, perm fs.FileMode) (durable.File, error) {
+	f, err := fsys.FS.Create(name, perm)
+	if err != nil || filepath.Ext(name) != ".aci" {
+		return f, err
+	}
+	return &syncFailsOnce{File: f}, nil
+}
+
+func (f *syncFailsOnce) Sync() error {
+	if !f.failed.Swap(true) {
+		return syscall.EIO
+	}
+	return f.File.Sync()
+}
+
+// TestSyncBesideTheWriting has the sync fail that goes on while an image is written. The one at the end succeeds, and the bytes may not be on the disk all
+// the same.
+func TestSyncBesideTheWriting(t *testing.T) {
+	for _, more := range []int{0, 1} {
+		dir := t.TempDir()
+		d := open(t, dir, cache.Options{FS: syncFails{durable.OS{}}})
+		p, err := d.Begin(t.Context(), cache.Arrival{Size: -1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		img := cachetest.NewImage("example.com/app", "1", 32<<20+more)
+		for b := range slices.Chunk(img.Blob, 1<<20) {
+			if _, err := p.Write(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := p.Commit(t.Context(), img.Record, img.Manifest, img.Signature, img.Refs...); !errors.Is(err, syscall.EIO) {
+			t.Errorf("Commit = %v, want the error of the sync before", err)
+		}
+		if _, err := d.Record(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+			t.Errorf("Record = %v, want that the image isn't held", err)
+		}
+		// A shorter one is synced once, at its end.
+		short := cachetest.NewImage("example.com/short", "1", 1000)
+		if err := cachetest.Commit(t.Context(), d, short); !errors.Is(err, syscall.EIO) {
+			t.Errorf("Commit of a short one = %v", err)
+		}
+	}
 }

@@ -35,7 +35,7 @@ func (d *Disk) Resume(ctx context.Context, key string) (*Partial, error) {
 	if !ok {
 		return nil, notFound("not-suspended", fmt.Sprintf("nothing has arrived of %q", key))
 	}
-	p := &Partial{disk: d, ctx: ctx, temp: s.path, path: s.path, arrival: s.arrival, sent: s.size, lease: s.lease}
+	p := &Partial{disk: d, ctx: ctx, temp: s.path, path: s.path, arrival: s.arrival, behind: behind{begun: s.size}, lease: s.lease}
 	p.size.Store(s.size)
 	p.noted.Store(noteBytes)
 	// What it has counts as what was promised to it.

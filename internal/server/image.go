@@ -361,7 +361,7 @@ func servePassage(w http.ResponseWriter, r *http.Request, im *fetch.Image, p io.
 	}
 }
 
-// firstPiece is how much a client gets at first of an image that is arriving, in bytes.
+// firstPiece is how much a client gets at first of an image that is arriving, in bytes; then it is twice as much each time.
 const firstPiece = 64 << 10
 
 // copyArriving sends what may be delivered as it comes. An image that turns out bad never ends cleanly: the connection (the stream, with HTTP/2)
@@ -370,6 +370,7 @@ func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span 
 	flusher := http.NewResponseController(w)
 	file := im.Growing()
 	_, err := file.Seek(span.from, io.SeekStart)
+	piece := int64(firstPiece)
 	for offset := span.from; err == nil && (span.to < 0 || offset < span.to); {
 		// What came so far must not wait in a buffer for what comes next.
 		if err = flusher.Flush(); err != nil {
@@ -386,17 +387,14 @@ func copyArriving(w http.ResponseWriter, r *http.Request, im *fetch.Image, span 
 		if span.to >= 0 {
 			upTo = min(upTo, span.to)
 		}
-		first := offset == span.from
-		if first {
-			upTo = min(upTo, offset+firstPiece)
-		}
 		var n int64
-		n, err = io.CopyN(w, file, upTo-offset)
+		n, err = io.CopyN(w, file, min(upTo-offset, piece))
 		offset += n
-		if first {
-			// Everybody's first bytes before anybody's next ones.
-			runtime.Gosched()
+		if piece < math.MaxInt64/2 {
+			piece *= 2
 		}
+		// Everybody's first bytes before anybody's next ones.
+		runtime.Gosched()
 	}
 	if err != nil {
 		note(w, err)
