@@ -17,7 +17,7 @@ import (
 )
 
 // An index of an older schema is set aside under a name of its own, and another one is made from the sidecars, as if it were broken; but what no
-// sidecar has, when images were last used and what was refused, is carried over. docs/decisions/index-schema.md says why there is no other
+// sidecar has, when images were last used and what was refused, is carried over. docs/decisions/index.md says why there is no other
 // migration.
 
 // olderExt ends the name of an index of an older schema, from which something is still to be carried over.

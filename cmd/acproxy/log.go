@@ -9,13 +9,14 @@ import (
 	"time"
 
 	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/server"
 )
 
 // logs are where a server says what it does: at once, or, for the lines of single requests, together with others a moment later. The lines stay in
 // order.
 type logs struct {
 	*slog.Logger
-	access *slog.Logger // nil if requests get no lines
+	access func(server.Access) // nil if requests get no lines
 	out    *logWriter
 }
 
@@ -30,11 +31,9 @@ func newLogs(cfg config.Log, w io.Writer) (*logs, error) {
 	switch {
 	case !cfg.Access:
 	case cfg.AccessFlush == 0:
-		l.access = log
+		l.access = newAccess(cfg, log, out)
 	default:
-		if l.access, err = newLogger(cfg, lazily{out}); err != nil {
-			return nil, err
-		}
+		l.access = newAccess(cfg, log, lazily{out})
 		ctx, cancel := context.WithCancel(context.Background())
 		out.stop = cancel
 		// Ends with stop; Close waits for it.

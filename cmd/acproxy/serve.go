@@ -72,7 +72,7 @@ type running struct {
 	parts    *parts
 	server   *server.Server
 	admin    *admin.Server
-	http     []*http.Server
+	fronts   []front
 	bound    []bound
 	failed   chan error // what ends the server although nobody told it to stop
 	stopWork context.CancelFunc
@@ -86,7 +86,7 @@ type bound struct {
 }
 
 // start opens everything and listens. It returns once all listeners accept connections. access gets a line for each request, unless it is nil.
-func start(cfg *config.Config, log, access *slog.Logger) (*running, error) {
+func start(cfg *config.Config, log *slog.Logger, access func(server.Access)) (*running, error) {
 	p, err := newParts(cfg, log, false)
 	if err != nil {
 		return nil, err
@@ -98,7 +98,7 @@ func start(cfg *config.Config, log, access *slog.Logger) (*running, error) {
 	return n, nil
 }
 
-func (n *running) open(cfg *config.Config, log, access *slog.Logger) error {
+func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.Access)) error {
 	n.server = server.New(n.serverConfig(cfg, log, access))
 	ctx, cancel := context.WithCancel(context.Background())
 	n.stopWork = cancel
@@ -206,10 +206,10 @@ func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
 	}
 }
 
-func (n *running) serverConfig(cfg *config.Config, log, access *slog.Logger) server.Config {
+func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func(server.Access)) server.Config {
 	out := server.Config{
 		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
-		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, AccessLog: access, Log: log,
+		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: access, Log: log,
 		Patience: server.Patience{
 			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),
 		},
@@ -240,6 +240,12 @@ func imageHosts(hosts []string, ca *localca.CA) func(string) bool {
 	}
 }
 
+// front is what serves a listener.
+type front interface {
+	Shutdown(ctx context.Context) error
+	Close() error
+}
+
 // listen opens one listener and serves it.
 func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger) error {
 	hs := n.server.HTTP(l.Proxy)
@@ -261,16 +267,16 @@ func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger)
 		log.Warn("this address can be reached from other machines, and whoever reaches it can read every image", "address", listener.Addr())
 	}
 	n.bound = append(n.bound, bound{scheme, listener})
-	n.http = append(n.http, hs)
+	var front front = hs
+	serve := func() error { return hs.ServeTLS(listener, "", "") }
+	if hs.TLSConfig == nil {
+		door := n.server.Door(hs)
+		front, serve = door, func() error { return door.Serve(listener) }
+	}
+	n.fronts = append(n.fronts, front)
 	// Ends when stop shuts the server down.
 	go func() {
-		var err error
-		if hs.TLSConfig != nil {
-			err = hs.ServeTLS(listener, "", "")
-		} else {
-			err = hs.Serve(listener)
-		}
-		if !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(); !errors.Is(err, http.ErrServerClosed) {
 			n.failed <- fmt.Errorf("serving %s: %w", l.Address, err)
 		}
 	}()
@@ -313,13 +319,13 @@ func (n *running) addresses() []string {
 func (n *running) stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(n.parts.cfg.StopGrace))
 	defer cancel()
-	ended := make([]error, len(n.http))
+	ended := make([]error, len(n.fronts))
 	var listeners sync.WaitGroup
-	for i, hs := range n.http {
+	for i, front := range n.fronts {
 		// All at once, so that none goes on accepting while another one is waited for. Ends with the grace; waited for below.
 		listeners.Go(func() {
-			if err := hs.Shutdown(ctx); err != nil {
-				ended[i] = errors.Join(ignoreDeadline(err), hs.Close())
+			if err := front.Shutdown(ctx); err != nil {
+				ended[i] = errors.Join(ignoreDeadline(err), front.Close())
 			}
 		})
 	}

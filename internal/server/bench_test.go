@@ -1,7 +1,6 @@
 package server
 
 import (
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -20,7 +19,7 @@ import (
 	"github.com/acproxy/acproxy/trust/trusttest"
 )
 
-// BenchmarkAnswers answers the small requests of nodes from what is held, all that net/http does for a connection left out, and the access log included.
+// BenchmarkAnswers answers the small requests of nodes from what is held, all that net/http does for a connection left out, and the access log, too.
 func BenchmarkAnswers(b *testing.B) {
 	handler, etag := benchHandler(b)
 	const image = imagesPath + "example.com/app.aci?version=1.0.0&os=linux&arch=amd64"
@@ -115,7 +114,7 @@ func benchHandler(b *testing.B) (handler http.Handler, etag string) {
 	})
 	b.Cleanup(func() { must(fetcher.Close()) })
 	s := New(Config{
-		Fetcher: fetcher, Keyring: keys.Current, MaxAge: time.Minute, TTL: time.Hour, AccessLog: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Fetcher: fetcher, Keyring: keys.Current, MaxAge: time.Minute, TTL: time.Hour, Access: func(Access) {},
 		Log: slog.New(slog.DiscardHandler),
 	})
 	b.Cleanup(func() { must(s.Close()) })

@@ -1,10 +1,8 @@
 package server
 
 import (
-	"context"
 	"crypto/rand"
 	"io"
-	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
@@ -42,9 +40,14 @@ func (s *Server) observe(next http.Handler) http.Handler {
 			rec.buffers = &s.buffers
 		}
 		rec.Header()["X-Request-Id"] = []string{rec.id}
-		if s.cfg.AccessLog != nil {
+		brisk, _ := w.(*briskWriter)
+		if s.cfg.Access != nil {
 			started := s.now()
-			defer func() { s.access(r, rec, s.now().Sub(started)) }()
+			defer func() {
+				if brisk == nil || !brisk.given {
+					s.access(r, rec, s.now().Sub(started))
+				}
+			}()
 		}
 		if via := r.Header["Via"]; via != nil && s.cfg.Via != "" && strings.Contains(strings.Join(via, ","), s.cfg.Via) {
 			s.fail(rec, r, &statusError{http.StatusLoopDetected, &acproxy.Error{
@@ -54,6 +57,9 @@ func (s *Server) observe(next http.Handler) http.Handler {
 			return
 		}
 		next.ServeHTTP(rec, r)
+		if brisk == nil {
+			s.remember(r, rec)
+		}
 	})
 }
 
@@ -65,20 +71,22 @@ func requestID(r *http.Request) string {
 	return id
 }
 
+// Access is what there is to say of a request that was answered.
+type Access struct {
+	ID, Client, Method, Host, Path, Proto string
+	Status                                int
+	Bytes                                 int64 // of the content
+	Took                                  time.Duration
+	Cache                                 string // as in Cache-Status
+	Ref                                   string // what was asked for, "" if that was no image
+	Err                                   error  // how it failed, nil if it didn't
+}
+
 func (s *Server) access(r *http.Request, rec *recorder, took time.Duration) {
-	attrs := make([]slog.Attr, 0, 14)
-	attrs = append(attrs,
-		slog.String("id", rec.id), slog.String("client", client(r)), slog.String("method", r.Method), slog.String("host", r.Host),
-		slog.String("path", requestURI(r)), slog.String("proto", r.Proto), slog.Int("status", rec.status), slog.Int64("bytes", rec.bytes),
-		slog.Duration("took", took), slog.String("cache", rec.Header().Get("Cache-Status")),
-	)
-	if rec.ref != "" {
-		attrs = append(attrs, slog.String("ref", rec.ref))
-	}
-	if rec.err != nil {
-		attrs = append(attrs, slog.Any("err", rec.err))
-	}
-	s.cfg.AccessLog.LogAttrs(context.Background(), slog.LevelInfo, "request", attrs...)
+	s.cfg.Access(Access{
+		ID: rec.id, Client: client(r), Method: r.Method, Host: r.Host, Path: requestURI(r), Proto: r.Proto, Status: rec.status, Bytes: rec.bytes, Took: took,
+		Cache: rec.Header().Get("Cache-Status"), Ref: rec.ref, Err: rec.err,
+	})
 }
 
 // requestURI returns the path and the query that were asked for, as they came.

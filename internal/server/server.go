@@ -48,10 +48,10 @@ type Config struct {
 	Tunnel      bool                                                        // let other hosts through untouched
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
 
-	Patience  Patience         // with clients
-	AccessLog *slog.Logger     // gets a line for each request; nil means none are written
-	Log       *slog.Logger     // nil means slog.Default
-	Now       func() time.Time // nil means time.Now
+	Patience Patience         // with clients
+	Access   func(Access)     // is told of each request when it was answered; nil means nobody is told
+	Log      *slog.Logger     // nil means slog.Default
+	Now      func() time.Time // nil means time.Now
 }
 
 // A Server answers nodes. It is safe for concurrent use.
@@ -66,6 +66,7 @@ type Server struct {
 	signatures *memo.Memo[acproxy.Digest, *small]
 	pages      *memo.Memo[pageKey, *page]
 	helds      *memo.Memo[heldKey, http.Header]
+	brisk      *memo.Memo[briskKey, struct{}]
 	// The values of Cache-Control for what has a version and what hasn't.
 	maxAge, maxAgeLatest []string
 
@@ -91,7 +92,7 @@ func New(cfg Config) *Server {
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.refs, s.signatures, s.pages = memo.New[requested, asked](maxMemo), memo.New[acproxy.Digest, *small](maxMemo), memo.New[pageKey, *page](maxMemo)
-	s.helds = memo.New[heldKey, http.Header](maxMemo)
+	s.helds, s.brisk = memo.New[heldKey, http.Header](maxMemo), newBriskMemo()
 	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {

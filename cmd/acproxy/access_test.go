@@ -1,0 +1,70 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/server"
+)
+
+// slogged is the line that package slog writes for a request.
+func slogged(t *testing.T, a server.Access, now time.Time, handler slog.Handler) {
+	t.Helper()
+	r := slog.NewRecord(now, slog.LevelInfo, "request", 0)
+	r.Add("id", a.ID, "client", a.Client, "method", a.Method, "host", a.Host, "path", a.Path, "proto", a.Proto, "status", a.Status, "bytes", a.Bytes, "took", a.Took, "cache", a.Cache)
+	if a.Ref != "" {
+		r.Add("ref", a.Ref)
+	}
+	if a.Err != nil {
+		r.Add("err", a.Err)
+	}
+	if err := handler.Handle(context.Background(), r); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLinesOfRequests are those that package slog would write.
+func TestLinesOfRequests(t *testing.T) {
+	now := time.Date(2026, 11, 28, 12, 0, 0, 123456789, time.UTC)
+	plain := server.Access{
+		ID: "ABC", Client: "192.0.2.1", Method: "GET", Host: "example.com", Path: "/app?ac-discovery=1", Proto: "HTTP/1.1", Status: 200, Bytes: 1234,
+		Took: 1234567 * time.Nanosecond, Cache: "acproxy; hit", Ref: "example.com/app:1.0.0,arch=amd64",
+	}
+	hostile := plain
+	hostile.Host, hostile.Path, hostile.Ref, hostile.Cache = "a b\n\"c\"", "/\\x<&>ü\x00\xff", "", ""
+	hostile.Err = errors.New("it said \"no\"\r\nstatus=200")
+	for _, a := range []server.Access{plain, hostile, {}} {
+		var want bytes.Buffer
+		slogged(t, a, now, slog.NewTextHandler(&want, nil))
+		if got := string(textLine(nil, a, now)); got != want.String() {
+			t.Errorf("text:\n%swant:\n%s", got, want.String())
+		}
+		want.Reset()
+		slogged(t, a, now, slog.NewJSONHandler(&want, nil))
+		var got, wanted map[string]any
+		line := jsonLine(nil, a, now)
+		if err := errors.Join(json.Unmarshal(line, &got), json.Unmarshal(want.Bytes(), &wanted)); err != nil || !reflect.DeepEqual(got, wanted) || bytes.Count(line, []byte("\n")) != 1 {
+			t.Errorf("JSON: %v\n%swant:\n%s", err, line, want.String())
+		}
+	}
+}
+
+func TestNoLinesOfRequestsBelowTheLevel(t *testing.T) {
+	for level, want := range map[string]bool{"debug": true, "info": true, "warn": false, "error": false} {
+		var out bytes.Buffer
+		log, err := newLogger(config.Log{Level: level}, &out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if access := newAccess(config.Log{Level: level}, log, &out); (access != nil) != want {
+			t.Errorf("at level %s there are lines of requests: %v", level, access != nil)
+		}
+	}
+}
