@@ -7,9 +7,11 @@ import (
 	"encoding/base64"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"mime/multipart"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -344,4 +346,62 @@ func (s *scene) open(ctx context.Context, url string) *http.Response {
 	}
 	req := must(http.NewRequestWithContext(ctx, http.MethodGet, url, nil))(s.t)
 	return must(client.Do(req))(s.t)
+}
+
+// TestTheSameAgain asks for what nodes ask for most over and over, on connections of their own: the server has a quicker way for what it has answered
+// with little before, and it is the same answer.
+func TestTheSameAgain(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "")
+	im := s.publish(app("app"))
+	image := s.get(s.direct(im, "aci"))
+	wantImage(t, image, im)
+	for name, ask := range map[string]struct {
+		url    string
+		header http.Header
+		status int
+	}{
+		"page":         {s.plain() + "/" + strings.TrimPrefix(im.name, "example.com/") + "?ac-discovery=1", nil, http.StatusOK},
+		"signature":    {s.direct(im, "aci.asc"), nil, http.StatusOK},
+		"not modified": {s.direct(im, "aci"), http.Header{"If-None-Match": {image.Header.Get("Etag")}}, http.StatusNotModified},
+		"modified":     {s.direct(im, "aci"), http.Header{"If-None-Match": {`"another"`}}, http.StatusOK},
+	} {
+		var first http.Header
+		var content []byte
+		for range 4 {
+			transport := &http.Transport{}
+			for range 2 {
+				req := must(http.NewRequestWithContext(s.context(), http.MethodGet, ask.url, nil))(t)
+				maps.Copy(req.Header, ask.header)
+				if name == "page" {
+					req.Host = "example.com"
+				}
+				resp := must(transport.RoundTrip(req))(t)
+				body := must(io.ReadAll(resp.Body))(t)
+				_ = resp.Body.Close()
+				if resp.StatusCode != ask.status {
+					t.Fatalf("%s: %s: %.200s", name, resp.Status, body)
+				}
+				for _, varies := range []string{"Date", "X-Request-Id"} {
+					if resp.Header.Get(varies) == "" {
+						t.Errorf("%s: there is no %s", name, varies)
+					}
+					resp.Header.Del(varies)
+				}
+				// It is there once the image was inspected to its end.
+				resp.Header.Del("X-Appc-Image-Id")
+				switch {
+				case first == nil && !strings.Contains(resp.Header.Get("Cache-Status"), "hit"):
+				case first == nil:
+					first, content = resp.Header, body
+				case !maps.EqualFunc(first, resp.Header, slices.Equal) || !bytes.Equal(body, content):
+					t.Errorf("%s: first\n%v\nthen\n%v", name, first, resp.Header)
+				}
+			}
+			transport.CloseIdleConnections()
+		}
+		if first == nil {
+			t.Errorf("%s: it was never a hit", name)
+		}
+	}
 }
