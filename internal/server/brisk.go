@@ -62,12 +62,16 @@ func (s *Server) remember(r *http.Request, rec *recorder) {
 		return
 	}
 	key := briskKey{r.Host, r.RequestURI}
-	if _, ok := s.brisk.Get(key); !ok && len(key.host)+len(key.target) <= maxMemoURL {
-		s.brisk.Put(key, struct{}{})
+	if _, ok := s.brisk.Get(key); ok || len(key.host)+len(key.target) > maxMemoURL {
+		return
+	}
+	if u, err := url.ParseRequestURI(key.target); err == nil && u.Host == "" && u.Scheme == "" {
+		s.brisk.Put(key, u)
 	}
 }
 
-func newBriskMemo() *memo.Memo[briskKey, struct{}] { return memo.New[briskKey, struct{}](maxBrisk) }
+// newBriskMemo returns a memory of what is small: the URLs as they are parsed, which nobody changes.
+func newBriskMemo() *memo.Memo[briskKey, *url.URL] { return memo.New[briskKey, *url.URL](maxBrisk) }
 
 // A Door serves a listener for plain connections. It is used like an [http.Server].
 type Door struct {
@@ -128,7 +132,7 @@ func (d *Door) Serve(l net.Listener) error {
 			d.handed.hand(conn)
 			continue
 		}
-		c := &briskConn{TCPConn: tcp, door: d, remote: tcp.RemoteAddr().String()}
+		c := newBriskConn(d, tcp)
 		if !d.enter(c) {
 			_ = conn.Close()
 			continue
@@ -216,10 +220,18 @@ const (
 // briskConn is a connection whose requests have been simple so far.
 type briskConn struct {
 	*net.TCPConn
-	door   *Door
-	remote string
-	busy   atomic.Int32
-	before []byte // what was read of it already, for whoever it is handed to
+	door    *Door
+	request *http.Request // what all its requests have in common
+	busy    atomic.Int32
+	before  []byte // what was read of it already, for whoever it is handed to
+}
+
+func newBriskConn(d *Door, tcp *net.TCPConn) *briskConn {
+	r := &http.Request{Method: http.MethodGet, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody}
+	if tcp != nil {
+		r.RemoteAddr = tcp.RemoteAddr().String()
+	}
+	return &briskConn{TCPConn: tcp, door: d, request: r.WithContext(d.ctx)}
 }
 
 // Read gives what was read before it was handed over, and then the rest.
@@ -269,7 +281,7 @@ func (c *briskConn) serve() {
 			c.handOver(head[:n])
 			return
 		}
-		out = w.appendTo(out[:0], r)
+		out = w.appendTo(out[:0])
 		if _, err := c.TCPConn.Write(out); err != nil || w.last() || d.closing.Load() || !c.busy.CompareAndSwap(briskBusy, briskIdle) {
 			_ = c.TCPConn.Close()
 			return
@@ -326,18 +338,15 @@ func (c *briskConn) simple(head []byte) *http.Request {
 		return nil
 	}
 	key := briskKey{host[0], string(target)}
-	if _, ok := c.door.server.brisk.Get(key); !ok {
-		return nil
-	}
-	u, err := url.ParseRequestURI(key.target)
-	if err != nil || u.Host != "" || u.Scheme != "" || strings.HasSuffix(u.Path, "."+extImage) && header["If-None-Match"] == nil {
+	u, ok := c.door.server.brisk.Get(key)
+	if !ok || strings.HasSuffix(u.Path, "."+extImage) && header["If-None-Match"] == nil {
 		return nil
 	}
 	delete(header, "Host")
-	return (&http.Request{
-		Method: http.MethodGet, URL: u, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: header, Body: http.NoBody, Host: key.host,
-		RemoteAddr: c.remote, RequestURI: key.target,
-	}).WithContext(c.door.ctx)
+	r := new(http.Request)
+	*r = *c.request
+	r.URL, r.Header, r.Host, r.RequestURI = u, header, key.host, key.target
+	return r
 }
 
 // only7bit reports whether all bytes are printable ASCII, from a first one on.
@@ -368,6 +377,9 @@ type briskWriter struct {
 	status  int
 	content []byte
 	given   bool // up
+
+	second int64 // of dated, since 1970
+	dated  []byte
 }
 
 // errNotSmall ends the making of an answer that isn't small.
@@ -429,10 +441,17 @@ func (w *briskWriter) answer(handler http.Handler, r *http.Request) (ok bool) {
 func (w *briskWriter) last() bool { return w.header["Connection"] != nil }
 
 // appendTo appends the answer as it is sent (RFC 9112).
-func (w *briskWriter) appendTo(b []byte, _ *http.Request) []byte {
-	b = fmt.Appendf(b, "HTTP/1.1 %03d %s\r\nDate: ", w.status, http.StatusText(w.status))
-	b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
-	b = append(b, "\r\n"...)
+func (w *briskWriter) appendTo(b []byte) []byte {
+	switch w.status {
+	case http.StatusOK:
+		b = append(b, "HTTP/1.1 200 OK\r\n"...)
+	case http.StatusNotModified:
+		b = append(b, "HTTP/1.1 304 Not Modified\r\n"...)
+	default:
+		b = fmt.Appendf(b, "HTTP/1.1 %03d %s\r\n", w.status, http.StatusText(w.status))
+	}
+	b = append(b, "Date: "...)
+	b = append(w.date(b), "\r\n"...)
 	content := w.status != http.StatusNotModified && w.status != http.StatusNoContent
 	if content {
 		w.header["Content-Length"] = []string{strconv.Itoa(len(w.content))}
@@ -442,8 +461,16 @@ func (w *briskWriter) appendTo(b []byte, _ *http.Request) []byte {
 	}
 	for field, values := range w.header {
 		for _, value := range values {
-			b = append(append(append(b, field...), ": "...), oneLine.Replace(value)...)
-			b = append(b, "\r\n"...)
+			if strings.IndexByte(value, '\n') >= 0 || strings.IndexByte(value, '\r') >= 0 {
+				// It must not become two fields.
+				value = strings.Map(func(c rune) rune {
+					if c == '\r' || c == '\n' {
+						return ' '
+					}
+					return c
+				}, value)
+			}
+			b = append(append(append(append(b, field...), ": "...), value...), "\r\n"...)
 		}
 	}
 	b = append(b, "\r\n"...)
@@ -453,5 +480,10 @@ func (w *briskWriter) appendTo(b []byte, _ *http.Request) []byte {
 	return b
 }
 
-// oneLine keeps a value from being two fields.
-var oneLine = strings.NewReplacer("\r", " ", "\n", " ")
+// date appends the time, which is to the second and made once for each.
+func (w *briskWriter) date(b []byte) []byte {
+	if now := time.Now(); now.Unix() != w.second {
+		w.second, w.dated = now.Unix(), now.UTC().AppendFormat(w.dated[:0], http.TimeFormat)
+	}
+	return append(b, w.dated...)
+}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"reflect"
 	"strings"
 	"sync/atomic"
@@ -37,7 +38,11 @@ func newBriskDoor(t *testing.T, patience Patience, handler http.HandlerFunc) *br
 	t.Helper()
 	leak := goleak.IgnoreCurrent()
 	b := &briskDoor{t: t, server: New(Config{Patience: patience}), ended: make(chan error, 1)}
-	b.server.brisk.Put(briskKey{briskHost, briskTarget}, struct{}{})
+	u, err := url.ParseRequestURI(briskTarget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.server.brisk.Put(briskKey{briskHost, briskTarget}, u)
 	hs := b.server.HTTP(false)
 	hs.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() {
@@ -359,9 +364,9 @@ func FuzzBrisk(f *testing.F) {
 		// Whatever it asks for is taken to be small.
 		want, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(head)))
 		if err == nil {
-			s.brisk.Put(briskKey{want.Host, want.RequestURI}, struct{}{})
+			s.remember(want, &recorder{ResponseWriter: &discarding{header: http.Header{"Cache-Status": cacheStatus(0)}}, status: http.StatusOK})
 		}
-		c := &briskConn{door: s.Door(&http.Server{}), remote: "192.0.2.1:1"}
+		c := newBriskConn(s.Door(&http.Server{}), nil)
 		defer c.door.cancel()
 		got := c.simple(head)
 		if got == nil {

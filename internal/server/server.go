@@ -66,7 +66,7 @@ type Server struct {
 	signatures *memo.Memo[acproxy.Digest, *small]
 	pages      *memo.Memo[pageKey, *page]
 	helds      *memo.Memo[heldKey, http.Header]
-	brisk      *memo.Memo[briskKey, struct{}]
+	brisk      *memo.Memo[briskKey, *url.URL]
 	// The values of Cache-Control for what has a version and what hasn't.
 	maxAge, maxAgeLatest []string
 
