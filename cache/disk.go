@@ -472,9 +472,8 @@ func (d *Disk) begin(ix *index) {
 }
 
 func (d *Disk) settle(ix *index) error {
-	var complete, unclean bool
 	select {
-	case <-ix.safe: // this is not the first try, and what the first one saw is no longer sure
+	case <-ix.safe: // this is not the first try
 	default:
 		if err := ix.check(d.ctx); err != nil {
 			return err
@@ -482,10 +481,10 @@ func (d *Disk) settle(ix *index) error {
 		err := ix.peek(func(tx *bolt.Tx) error {
 			err := fits(tx)
 			if err == nil {
-				complete, err = isState(tx, stateComplete)
+				ix.complete, err = isState(tx, stateComplete)
 			}
 			if err == nil {
-				unclean, err = isState(tx, stateOpen)
+				ix.unclean, err = isState(tx, stateOpen)
 			}
 			return err
 		})
@@ -495,8 +494,9 @@ func (d *Disk) settle(ix *index) error {
 		if err := ix.release(); err != nil {
 			return err
 		}
-		d.announce(ix, complete, false)
+		d.announce(ix, ix.complete, false)
 	}
+	complete, unclean := ix.complete, ix.unclean
 	start := d.now()
 	if err := ix.verify(d.ctx); err != nil {
 		return err

@@ -31,7 +31,10 @@ type index struct {
 	// safe is closed when the shape of the file is known to be harmless. Until then nothing may look into it; that is a matter of the branch
 	// pages only, a hundredth of the file.
 	safe chan struct{}
-	dead atomic.Bool
+	// complete and unclean are what the file said before safe was closed: it knew of every image; the store was not closed properly. That the first is so, no
+	// later failure to write changes: nobody is told of an image that the index doesn't know.
+	complete, unclean bool
+	dead              atomic.Bool
 	// stuck is set when bbolt panicked with one of its own locks held: closing it would never end.
 	stuck atomic.Bool
 
