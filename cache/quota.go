@@ -244,12 +244,15 @@ func (s *space) usage() Usage {
 	defer s.mu.Unlock()
 	u := Usage{
 		Blobs: s.totals.Blobs, Sidecars: s.totals.Sidecars, Index: s.index + s.aside, Quarantine: s.quarantine, Names: s.names, Directories: s.dirSum,
-		Pinned: s.totals.Pinned, Promised: s.unwritten(), Images: s.totals.Images, Quarantined: s.totals.Quarantined,
+		Pinned: s.totals.Pinned, Promised: housekeeping, Images: s.totals.Images, Quarantined: s.totals.Quarantined,
 		Room: Room{MaxSize: s.quota.MaxSize, MinFree: s.quota.MinFree, High: s.quota.High, Low: s.quota.Low},
 	}
 	promised := int64(0)
 	for p := range s.arriving {
-		u.Partials += min(p.promised, p.onDisk())
+		// Looked at once: it grows meanwhile, and what is on the disk must not count as promised, too.
+		written := min(p.promised, p.onDisk())
+		u.Partials += written
+		u.Promised += p.promised - written
 		promised += p.promised
 	}
 	if s.quota.MaxSize > 0 {
