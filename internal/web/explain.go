@@ -57,12 +57,18 @@ func (a *asking) explain(err error, doing string) error {
 		detail := fmt.Sprintf("not %d bytes within %v", leastRead, a.route.client.cfg.StallTimeout)
 		last.Err = detail
 		return a.fail(acproxy.ErrTimeout, "publisher-timeout", doing+": "+detail, nil)
-	case errors.As(err, &network) && network.Timeout():
+	case lostPing(err), errors.As(err, &network) && network.Timeout():
 		last.Err = err.Error()
 		return a.fail(acproxy.ErrTimeout, "publisher-timeout", doing, err)
 	}
 	last.Err = err.Error()
 	return a.fail(acproxy.ErrPublisher, code(err), doing, err)
+}
+
+// lostPing reports whether an HTTP/2 connection was given up because it brought nothing for a time, not even the answer to a ping (see
+// http.HTTP2Config). The standard library gives this no type.
+func lostPing(err error) bool {
+	return strings.Contains(err.Error(), "http2: client connection lost")
 }
 
 // code returns the stable word for an error of the network.

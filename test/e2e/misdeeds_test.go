@@ -217,12 +217,12 @@ var misdeeds = []misdeed{
 	// What was on its way when a connection is reset may be lost, and then the attempts may not be enough.
 	{"each connection is reset after 100,000 bytes", onConnections(publisher.ConnFault{ResetAfter: at(100_000)}), []string{whole, short, cut}},
 	{"HTTP/2 with a header without end", onConnections(publisher.ConnFault{EndlessHeaders: true}), []string{noHTTP}},
-	{"HTTP/2 with half a header", onConnections(publisher.ConnFault{StallInHeader: true}), []string{slow, noHTTP}},
+	{"HTTP/2 with half a header", onConnections(publisher.ConnFault{StallInHeader: true}), []string{slow}},
 	{"the page: the handshake stalls", onPageConnections(publisher.ConnFault{StallHandshake: true}), []string{slow}},
 	{"the page: the handshake is cut", onPageConnections(publisher.ConnFault{CutHandshake: true}), []string{cut}},
 	{"the page: garbage", onPageConnections(publisher.ConnFault{Garbage: true}), []string{noTLS}},
 	{"the page: an expired certificate", onPageConnections(publisher.ConnFault{Expired: true}), []string{noTLS}},
-	{"the page: half a header", onPageConnections(publisher.ConnFault{StallInHeader: true}), []string{slow, noHTTP}},
+	{"the page: half a header", onPageConnections(publisher.ConnFault{StallInHeader: true}), []string{slow}},
 
 	// The header.
 	{"a header a byte at a time", http1(onImage(publisher.Fault{HeaderEvery: 50 * time.Millisecond})), []string{slow}},
