@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -158,6 +159,11 @@ func (l load) run() loaded {
 		}
 		defer c.conn.Close()
 		clients[i] = c
+	}
+	if l.Seconds == 0 {
+		// The system shares its processors among clients, as it does among processes: in one queue, the first ones that have something to read would keep the others
+		// from seeing their first byte.
+		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(runtime.NumCPU(), len(clients))))
 	}
 	before := cpuOfThisProcess()
 	started := time.Now()
