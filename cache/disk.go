@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -125,12 +126,10 @@ type Disk struct {
 
 	memory *memory // of what the index says
 
+	// known is what can be said of the index. It is replaced with mu held, and read without.
+	known atomic.Pointer[knowledge]
+
 	mu        sync.Mutex
-	ix        *index
-	names     bool          // the index knows of everything that was reported to be held
-	settled   bool          // the index has been verified, too
-	failed    error         // why the index could not be completed when that was last tried; it is tried again
-	changed   chan struct{} // closed and replaced when more is known than before, or it is known why not
 	closed    bool
 	uncounted bool // space waits for the sums of the index
 	touched   map[acproxy.Digest]time.Time
@@ -166,9 +165,10 @@ func newDisk(dir string, opts Options) *Disk {
 	d := &Disk{
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
 		idle: opts.Idle, tellEvicted: opts.Evicted, tellLost: opts.Lost, inspect: opts.Inspect, schedule: opts.Scrub, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
-		memory: newMemory(), cleaned: make(chan struct{}), changed: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
+		memory: newMemory(), cleaned: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
 		suspended: make(map[string]suspended), shards: make(map[string]bool),
 	}
+	d.known.Store(&knowledge{changed: make(chan struct{})})
 	if d.fsys == nil {
 		d.fsys = durable.OS{}
 	}
@@ -235,7 +235,7 @@ func (d *Disk) open() error {
 	if err != nil {
 		return err
 	}
-	d.ix = ix
+	d.learn(func(k *knowledge) { k.ix = ix })
 	// What the index holds, what was left unfinished, and what only the file system knows.
 	for range 3 {
 		d.space.counting()
@@ -404,12 +404,12 @@ func (d *Disk) replace(ix *index, cause error) error {
 	d.replacing.Lock()
 	defer d.replacing.Unlock()
 	d.mu.Lock()
-	current, closed := d.ix, d.closed
+	closed := d.closed
 	d.mu.Unlock()
 	switch {
 	case closed:
 		return errClosed
-	case current != ix:
+	case d.index() != ix:
 		return nil
 	}
 	d.measuring.RLock()
@@ -426,7 +426,7 @@ func (d *Disk) replace(ix *index, cause error) error {
 	}
 	d.mu.Lock()
 	if closed = d.closed; !closed {
-		d.ix, d.names, d.settled, d.failed = another, false, false, nil
+		d.learn(func(k *knowledge) { *k = knowledge{ix: another} })
 		if !d.uncounted {
 			d.uncounted = true
 			d.space.counting()
@@ -549,7 +549,7 @@ func (d *Disk) countIndex(ix *index, unchanged bool) error {
 		d.space.committed(t, ix.diskBytes(), nil)
 	}
 	d.mu.Lock()
-	counts := d.ix == ix && d.uncounted
+	counts := d.index() == ix && d.uncounted
 	if counts {
 		d.uncounted = false
 	}
@@ -564,12 +564,10 @@ func (d *Disk) countIndex(ix *index, unchanged bool) error {
 func (d *Disk) unsettled(ix *index, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.ix != ix {
+	if d.index() != ix {
 		return
 	}
-	d.failed = err
-	close(d.changed)
-	d.changed = make(chan struct{})
+	d.learn(func(k *knowledge) { k.failed = err })
 	if d.uncounted {
 		d.space.uncountable(err)
 	}
@@ -579,30 +577,36 @@ func (d *Disk) unsettled(ix *index, err error) {
 func (d *Disk) announce(ix *index, names, settled bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.ix != ix {
+	if d.index() != ix {
 		return
 	}
-	d.names, d.settled = names, settled
-	if settled {
-		d.failed = nil
-	}
-	close(d.changed)
-	d.changed = make(chan struct{})
+	d.learn(func(k *knowledge) {
+		k.names, k.settled = names, settled
+		if settled {
+			k.failed = nil
+		}
+	})
 }
 
 // knowledge is what can be said of the index at a moment.
 type knowledge struct {
 	ix      *index
-	names   bool            // it names all that is held
-	settled bool            // so it does, and all of it was verified
-	failed  error           // why it could not be made to name all of that, when that was last tried
-	changed <-chan struct{} // closed when it names more, or failed changes
+	names   bool          // it names all that is held
+	settled bool          // so it does, and all of it was verified
+	failed  error         // why it could not be made to name all of that, when that was last tried
+	changed chan struct{} // closed when there is something else to be said
 }
 
-func (d *Disk) knowledge() knowledge {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return knowledge{d.ix, d.names, d.settled, d.failed, d.changed}
+func (d *Disk) knowledge() knowledge { return *d.known.Load() }
+
+// learn changes what can be said of the index, and wakes those who wait for that. The caller holds mu, or is alone.
+func (d *Disk) learn(change func(*knowledge)) {
+	k := d.knowledge()
+	before := k.changed
+	change(&k)
+	k.changed = make(chan struct{})
+	d.known.Store(&k)
+	close(before)
 }
 
 // complete reports whether a look-up that found nothing after k was taken has found nothing in an index that names all that is held.
@@ -646,11 +650,7 @@ func (d *Disk) await(ctx context.Context, changed <-chan struct{}) error {
 	}
 }
 
-func (d *Disk) index() *index {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.ix
-}
+func (d *Disk) index() *index { return d.known.Load().ix }
 
 // maxReplacements is how many broken indexes in a row one call puts up with.
 const maxReplacements = 3
@@ -700,7 +700,7 @@ func (d *Disk) Close() error {
 		return nil
 	}
 	d.closed = true
-	settled := d.settled
+	settled := d.knowledge().settled
 	d.mu.Unlock()
 	d.cancel()
 	// The flusher ends with ctx, and so does whatever fills the index.

@@ -138,7 +138,7 @@ func (c *checker) read(ctx context.Context, entries []fs.DirEntry) (err error) {
 		return err
 	}
 	if ix != nil {
-		d.ix = ix
+		d.learn(func(k *knowledge) { k.ix = ix })
 		defer func() { err = errors.Join(err, ix.close()) }()
 	}
 	c.count()
@@ -498,7 +498,7 @@ func (c *checker) names(ctx context.Context) error {
 		}
 		c.aside(CodeNameUnreadable, path, err.Error())
 	}
-	if d.ix == nil {
+	if d.index() == nil {
 		return nil
 	}
 	return d.view(func(tx *bolt.Tx) error {
@@ -596,7 +596,7 @@ func (c *checker) shard(ctx context.Context, name string) error {
 		f.blob = f.blob || !isSidecar
 		files[digest] = f
 	}
-	if d.ix != nil {
+	if d.index() != nil {
 		prefix, _ := hex.DecodeString(name)
 		err := d.view(func(tx *bolt.Tx) error {
 			return scan(tx, bucketRecords, prefix, nil, func(key, _ []byte) error {
@@ -631,7 +631,7 @@ func (c *checker) image(ctx context.Context, digest acproxy.Digest, f found) err
 	}
 	d := c.d
 	var known *image
-	if d.ix != nil {
+	if d.index() != nil {
 		err := d.view(func(tx *bolt.Tx) (err error) {
 			known, err = getImage(tx, digest)
 			return err

@@ -21,6 +21,7 @@ type hot[K comparable, V any] struct {
 }
 
 type hotSlot[K comparable, V any] struct {
+	asked  atomic.Uint64 // what slot said of the key that was asked for last, and not remembered
 	since  atomic.Uint64 // the generation of the last change that affected what belongs here
 	answer atomic.Pointer[hotAnswer[K, V]]
 }
@@ -38,6 +39,18 @@ func (h *hot[K, V]) get(key K) (v V, generation uint64, ok bool) {
 		return v, 0, false
 	}
 	return a.v, a.generation, true
+}
+
+// wants reports whether an answer is worth being remembered: nothing else that belongs in its slot was asked for since the key was last. Most of what is
+// asked for once is not asked for again soon, and it must not take the place of what is.
+func (h *hot[K, V]) wants(key K) bool {
+	slot := h.slot(key)
+	s := &h.slots[slot%hotSlots]
+	if s.asked.Load() == slot {
+		return true
+	}
+	s.asked.Store(slot)
+	return false
 }
 
 // put remembers an answer that was found in a generation.

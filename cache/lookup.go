@@ -24,13 +24,13 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 	for {
 		// Asked before looking: what becomes known in between is then waited for in vain, and seen at the next turn.
 		k := d.knowledge()
-		a, err := d.resolve(ref, k)
+		a, ok, err := d.resolve(ref, k)
 		switch {
 		case err != nil:
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
-		case a != nil && a.rec.lost():
+		case ok && a.rec.lost():
 			return Resolution{}, Record{}, notFound("blob-gone", fmt.Sprintf("%v was held, but %s", ref, a.rec.Reason))
-		case a != nil:
+		case ok:
 			return a.to, a.rec, nil
 		case d.complete(k):
 			return Resolution{}, Record{}, notFound("not-held", ref.String()+" is not held")
@@ -57,38 +57,36 @@ type answer struct {
 	rec Record
 }
 
-// resolve returns what a ref answers, nil if that is not known.
-func (d *Disk) resolve(ref acproxy.Ref, k knowledge) (a *answer, err error) {
+// resolve returns what a ref answers, and reports whether that is known.
+func (d *Disk) resolve(ref acproxy.Ref, k knowledge) (a answer, ok bool, err error) {
 	if a, ok := d.memory.resolve(ref); ok {
-		return a, nil
+		return *a, true, nil
 	}
 	key := []byte(ref.String())
 	var generation uint64
 	err = d.look(func(l *look) error {
-		a, generation = nil, l.snapshot.generation
-		to, ok, err := lookUp(l, bucketRefs, key, takeResolution)
-		if err == nil && !ok && k.unsure() {
+		generation = l.snapshot.generation
+		if a.to, ok, err = lookUp(l, bucketRefs, key, takeResolution); err == nil && !ok && k.unsure() {
 			err = l.confirm(bucketRefs, key)
 		}
 		if !ok || err != nil {
 			return err
 		}
-		rec, ok, err := l.record(to.Digest)
-		if err == nil && !ok {
-			err = broken("no record for %v", to.Digest)
+		a.to.Ref = ref
+		var named bool
+		if a.rec, named, err = l.record(a.to.Digest); err == nil && !named {
+			err = broken("no record for %v", a.to.Digest)
 		}
-		if err != nil {
-			return err
-		}
-		to.Ref = ref
-		a = &answer{to, rec}
-		return nil
+		return err
 	})
-	if err != nil || a == nil {
-		return nil, err
+	if !ok || err != nil {
+		return answer{}, false, err
 	}
-	d.memory.refs.put(generation, ref, a)
-	return a, nil
+	if d.memory.refs.wants(ref) {
+		kept := a
+		d.memory.refs.put(generation, ref, &kept)
+	}
+	return a, true, nil
 }
 
 // lookUp looks a row up with what takes it apart, and reports whether there is one.
@@ -145,7 +143,10 @@ func (d *Disk) record(digest acproxy.Digest) (Record, error) {
 		case err != nil:
 			return Record{}, fmt.Errorf("looking up %v: %w", digest, err)
 		case ok:
-			d.memory.records.put(generation, digest, &rec)
+			if d.memory.records.wants(digest) {
+				kept := rec
+				d.memory.records.put(generation, digest, &kept)
+			}
 			return rec, nil
 		case d.complete(k):
 			return Record{}, notHeld(digest)
