@@ -4,6 +4,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"github.com/appc/spec/schema/types"
 )
 
 func TestParseRef(t *testing.T) {
@@ -152,6 +154,35 @@ func TestHasPrefix(t *testing.T) {
 		if got := HasPrefix(tt.name, tt.prefix); got != tt.want {
 			t.Errorf("HasPrefix(%q, %q) = %v, want %v", tt.name, tt.prefix, got, tt.want)
 		}
+	}
+}
+
+// TestACIdentifiers compares what is taken for an AC identifier with what the reference library takes, for every short text of characters that matter.
+func TestACIdentifiers(t *testing.T) {
+	const characters = "a9-._~/A %"
+	var every func(s string, left int)
+	every = func(s string, left int) {
+		checkACIdentifier(t, s)
+		for i := 0; left > 0 && i < len(characters); i++ {
+			every(s+characters[i:i+1], left-1)
+		}
+	}
+	every("", 5)
+	for _, s := range []string{"example.com/~user/app_v1", "example.com/app\n", "é", "a\x00b", "a/é"} {
+		checkACIdentifier(t, s)
+	}
+}
+
+func FuzzACIdentifier(f *testing.F) {
+	f.Add("example.com/app")
+	f.Fuzz(checkACIdentifier)
+}
+
+func checkACIdentifier(t *testing.T, s string) {
+	t.Helper()
+	_, err := types.NewACIdentifier(s)
+	if got, want := isACIdentifier(s), err == nil && !strings.Contains(s, "//") && !strings.Contains(s, "/."); got != want {
+		t.Errorf("isACIdentifier(%q) = %v, want %v", s, got, want)
 	}
 }
 
