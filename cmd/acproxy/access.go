@@ -56,12 +56,19 @@ func textField(b []byte, key, value string) []byte {
 	if value == "" {
 		return append(b, `""`...)
 	}
+	plain := true
 	for i := range len(value) {
-		if c := value[i]; c <= ' ' || c > '~' || c == '"' || c == '=' {
+		switch c := value[i]; {
+		case c < ' ', c > '~', c == '"', c == '\\':
 			return strconv.AppendQuote(b, value)
+		case c == ' ', c == '=':
+			plain = false
 		}
 	}
-	return append(b, value...)
+	if plain {
+		return append(b, value...)
+	}
+	return append(append(append(b, '"'), value...), '"')
 }
 
 // jsonLine appends the line of a request as slog.JSONHandler writes it.

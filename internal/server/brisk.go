@@ -255,41 +255,72 @@ func (c *briskConn) WriteTo(w io.Writer) (int64, error) {
 	return int64(n) + rest, err
 }
 
+// A next is what a connection does after a request.
+type next int
+
+const (
+	nextRequest next = iota
+	nextOwner        // net/http goes on with what was read
+	nextNothing      // the connection ends
+)
+
+// An exchange is what a connection needs for a request and its answer.
+type exchange struct {
+	head, out []byte
+	w         briskWriter
+}
+
+// rushFor is for how long a connection whose last request was simple waits for the next one in a rush, see rush.
+const rushFor = time.Second
+
 // serve answers simple requests, one after the other.
 func (c *briskConn) serve() {
 	d := c.door
 	defer d.leave(c)
-	head, out := make([]byte, briskRequest), make([]byte, 0, 1<<10)
-	w := &briskWriter{header: make(http.Header, 12)}
-	patience, set := d.server.cfg.Patience.Header, time.Time{}
+	x := &exchange{head: make([]byte, briskRequest), out: make([]byte, 0, 1<<10), w: briskWriter{header: make(http.Header, 12)}}
+	patience, idle := d.server.cfg.Patience.Header, d.server.cfg.Patience.Idle
+	rush := min(rushFor, idle/2)
 	for {
-		// A moment earlier than it could be, so that not every request sets it.
-		if now := time.Now(); now.Sub(set) > patience/16 {
-			if err := c.SetReadDeadline(now.Add(patience)); err != nil {
-				_ = c.TCPConn.Close()
-				return
-			}
-			set = now
-		}
-		n, err := c.TCPConn.Read(head)
-		if err != nil || !c.busy.CompareAndSwap(briskIdle, briskBusy) {
+		if err := c.SetReadDeadline(time.Now().Add(patience)); err != nil {
 			_ = c.TCPConn.Close()
 			return
 		}
-		r := c.simple(head[:n])
-		if r == nil || !w.answer(d.handler, r) {
-			c.handOver(head[:n])
-			return
-		}
-		out = w.appendTo(out[:0])
-		if _, err := c.TCPConn.Write(out); err != nil || w.last() || d.closing.Load() || !c.busy.CompareAndSwap(briskBusy, briskIdle) {
+		n, err := c.TCPConn.Read(x.head)
+		if err != nil {
 			_ = c.TCPConn.Close()
 			return
 		}
-		if idle := d.server.cfg.Patience.Idle; patience != idle {
-			patience, set = idle, time.Time{}
+		after := c.answer(x, n, c.TCPConn.Write)
+		if after == nextRequest {
+			n, after = c.rush(x, rush)
 		}
+		switch after {
+		case nextOwner:
+			c.handOver(x.head[:n])
+			return
+		case nextNothing:
+			_ = c.TCPConn.Close()
+			return
+		}
+		patience = idle - rush
 	}
+}
+
+// answer answers the request of which n bytes were read.
+func (c *briskConn) answer(x *exchange, n int, write func([]byte) (int, error)) next {
+	d := c.door
+	if n == 0 || !c.busy.CompareAndSwap(briskIdle, briskBusy) {
+		return nextNothing
+	}
+	r := c.simple(x.head[:n])
+	if r == nil || !x.w.answer(d.handler, r) {
+		return nextOwner
+	}
+	x.out = x.w.appendTo(x.out[:0])
+	if _, err := write(x.out); err != nil || x.w.last() || d.closing.Load() || !c.busy.CompareAndSwap(briskBusy, briskIdle) {
+		return nextNothing
+	}
+	return nextRequest
 }
 
 // handOver gives the connection to net/http, with what was read of it.

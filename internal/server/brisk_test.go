@@ -219,6 +219,76 @@ func TestBriskLeavesTheRestToNetHTTP(t *testing.T) {
 }
 
 // TestBriskGivesUp has answers that turn out not to be small, after some of them was made: net/http sends them, once and whole.
+// TestBriskRush asks again and again on one connection, in the ways that requests come in.
+func TestBriskRush(t *testing.T) {
+	simple := get(briskTarget, briskHost, "")
+	for name, tt := range map[string]struct {
+		send    func(*net.TCPConn) error
+		answers int  // before the connection ends, or is idle
+		ends    bool // by itself
+		brisk   int32
+	}{
+		"one after the other":            {func(c *net.TCPConn) error { return sends(c, simple, simple, simple) }, 3, false, 3},
+		"two at once":                    {func(c *net.TCPConn) error { return sends(c, simple+simple) }, 2, false, 0},
+		"one, and the end of what comes": {func(c *net.TCPConn) error { return errors.Join(sends(c, simple), c.CloseWrite()) }, 1, true, 1},
+		"three, and the end":             {func(c *net.TCPConn) error { return errors.Join(sends(c, simple, simple, simple), c.CloseWrite()) }, 3, true, 3},
+		"in two halves":                  {func(c *net.TCPConn) error { return sends(c, simple[:20], simple[20:]) }, 1, false, 0},
+		"one that fills the buffer": {func(c *net.TCPConn) error {
+			return sends(c, get(briskTarget, briskHost, "Accept: "+strings.Repeat("a", briskRequest-len(simple)-len("Accept: \r\n"))+"\r\n"), simple)
+		}, 2, false, 2},
+		"one that is longer": {func(c *net.TCPConn) error {
+			return sends(c, get(briskTarget, briskHost, "Accept: "+strings.Repeat("a", briskRequest)+"\r\n"), simple)
+		}, 2, false, 0},
+		"the end at once": {(*net.TCPConn).CloseWrite, 0, true, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBriskDoor(t, Patience{}, briefly)
+			conn, r := b.dial()
+			b.ask(conn, r, simple)
+			if err := tt.send(conn.(*net.TCPConn)); err != nil {
+				t.Fatal(err)
+			}
+			for i := range tt.answers {
+				resp, err := http.ReadResponse(r, nil)
+				if err != nil {
+					t.Fatalf("answer %d: %v", i, err)
+				}
+				if body, err := io.ReadAll(resp.Body); err != nil || string(body) != "it is small" {
+					t.Fatalf("answer %d is %q, %v", i, body, err)
+				}
+			}
+			if got := b.brisk.Load() - 1; got != tt.brisk {
+				t.Errorf("%d requests were brisk, want %d", got, tt.brisk)
+			}
+			if !tt.ends {
+				// It still serves.
+				b.ask(conn, r, simple)
+				return
+			}
+			asked := time.Now()
+			if _, err := r.ReadByte(); err != io.EOF {
+				t.Errorf("after the end of what it sends, a client gets %v", err)
+			}
+			if took := time.Since(asked); took > 5*time.Second {
+				t.Errorf("the connection ended after %v", took)
+			}
+		})
+	}
+}
+
+// sends sends texts one after the other, with time in between for what is read of them.
+func sends(c *net.TCPConn, texts ...string) error {
+	for i, text := range texts {
+		if i > 0 {
+			time.Sleep(20 * time.Millisecond)
+		}
+		if _, err := io.WriteString(c, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func TestBriskGivesUp(t *testing.T) {
 	long := bytes.Repeat([]byte("long "), briskAnswer/5+1)
 	for name, handler := range map[string]http.HandlerFunc{
