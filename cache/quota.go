@@ -129,7 +129,7 @@ func freeSpace(dir string) func() (int64, error) {
 		if err := unix.Statfs(dir, &fs); err != nil {
 			return 0, os.NewSyscallError("statfs", err)
 		}
-		return int64(fs.Bavail) * int64(fs.Bsize), nil
+		return int64(fs.Bavail) * int64(fs.Bsize), nil //nolint:unconvert // it is an int64 on Linux only
 	}
 }
 
