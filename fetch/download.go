@@ -564,11 +564,12 @@ func (d *download) inspect() *inspection {
 	return in
 }
 
-// spoil ends the receiving of an image whose inspection failed, as long as there is no verdict.
+// spoil ends the receiving of an image whose inspection failed, as long as there is something to be received. Once all of it has come the signature is asked
+// as well, and what it says goes first: that bytes are broken is no wonder if they are others than those that were signed.
 func (d *download) spoil() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.complete {
+	if all := d.size >= 0 && d.written >= d.size; !d.complete && !all {
 		d.cancel()
 	}
 }
