@@ -350,9 +350,9 @@ func unsigned(what string) error {
 	return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "unsigned", Detail: what + " has no signature; the policy of its prefix accepts it without one"}
 }
 
-// ByImageID returns the held image with an image ID, given whole or as its first digits (at least [acproxy.MinImageIDPrefix]). The caller
-// closes it. An ID that two images share is an error matching [acproxy.ErrInvalid].
-func (f *Fetcher) ByImageID(ctx context.Context, digits string) (*Image, error) {
+// ByImageID returns the held image with an image ID, given whole or as its first digits (at least [acproxy.MinImageIDPrefix]), of those whose names may
+// says that they may be known of. The caller closes it. An ID that two images share is an error matching [acproxy.ErrInvalid].
+func (f *Fetcher) ByImageID(ctx context.Context, digits string, may func(name string) bool) (*Image, error) {
 	records, err := f.cfg.Store.ByImageID(digits)
 	if err == nil && len(records) == 0 {
 		// It may not have known everything yet.
@@ -366,6 +366,9 @@ func (f *Fetcher) ByImageID(ctx context.Context, digits string) (*Image, error) 
 	var fits []cache.Record
 	var refused error
 	for _, rec := range records {
+		if !may(rec.Name) {
+			continue
+		}
 		err := f.allowed(rec.Name)
 		if err == nil {
 			err = f.acceptable(rec)
@@ -382,7 +385,7 @@ func (f *Fetcher) ByImageID(ctx context.Context, digits string) (*Image, error) 
 	case len(fits) == 0:
 		return nil, &acproxy.Error{
 			Kind: acproxy.ErrNotFound, Code: "image-id-unknown",
-			Detail: "no image with an ID that begins with sha512-" + digits + " is held; an image that isn't can only be asked for by name",
+			Detail: "no image with an ID that begins with sha512-" + digits + " is held, or that you may have; an image that isn't can only be asked for by name",
 		}
 	}
 	for _, rec := range fits[1:] {

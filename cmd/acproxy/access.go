@@ -34,6 +34,9 @@ func textLine(b []byte, a server.Access, now time.Time) []byte {
 	b = append(b, " level=INFO msg=request"...)
 	b = textField(b, " id=", a.ID)
 	b = textField(b, " client=", a.Client)
+	if a.User != "" {
+		b = textField(b, " user=", a.User)
+	}
 	b = textField(b, " method=", a.Method)
 	b = textField(b, " host=", a.Host)
 	b = textField(b, " path=", a.Path)
@@ -77,6 +80,9 @@ func jsonLine(b []byte, a server.Access, now time.Time) []byte {
 	b = append(b, `","level":"INFO","msg":"request"`...)
 	b = jsonField(b, `,"id":`, a.ID)
 	b = jsonField(b, `,"client":`, a.Client)
+	if a.User != "" {
+		b = jsonField(b, `,"user":`, a.User)
+	}
 	b = jsonField(b, `,"method":`, a.Method)
 	b = jsonField(b, `,"host":`, a.Host)
 	b = jsonField(b, `,"path":`, a.Path)

@@ -21,6 +21,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/aci"
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/audit"
@@ -87,14 +88,19 @@ func resolver(server string) *net.Resolver {
 
 // rootsWith returns the system's certificate authorities and those of a file.
 func rootsWith(file string) (*x509.CertPool, error) {
-	pem, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
 	pool, err := x509.SystemCertPool()
 	if err != nil {
 		// A machine without any is one on which only the file's count.
 		pool = x509.NewCertPool()
+	}
+	return rootsOf(pool, file)
+}
+
+// rootsOf adds the certificate authorities of a file to a pool.
+func rootsOf(pool *x509.CertPool, file string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
 	}
 	if !pool.AppendCertsFromPEM(pem) {
 		return nil, fmt.Errorf("%s holds no certificate in PEM", file)
@@ -162,6 +168,24 @@ func trustPolicy(p config.Publisher) trust.Policy {
 	return out
 }
 
+// newGuard returns what decides who may have what.
+func newGuard(cfg *config.Config, log *slog.Logger) (*access.Guard, error) {
+	tokens, err := access.OpenTokens(cfg.Access.TokensFile, log)
+	if err != nil {
+		return nil, err
+	}
+	out := access.Config{Tokens: tokens}
+	if file := cfg.Access.UsersFile; file != "" {
+		if out.Users, err = access.OpenUsers(file, log); err != nil {
+			return nil, fmt.Errorf("access.users_file: %w", err)
+		}
+	}
+	for _, rule := range cfg.Access.Rules {
+		out.Rules = append(out.Rules, access.Rule{Prefix: rule.Prefix, Read: rule.Read})
+	}
+	return access.New(out), nil
+}
+
 func trustDirs(cfg *config.Config) trust.Dirs {
 	return trust.Dirs{System: cfg.Trust.SystemDir, Local: cfg.Trust.LocalDir}
 }
@@ -193,6 +217,7 @@ type parts struct {
 	finder  *discovery.Finder
 	fetcher *fetch.Fetcher
 	ca      *localca.CA // nil if there is none
+	guard   *access.Guard
 	audit   *audit.File
 	metrics *metrics.Metrics
 	lost    chan struct{} // says that an image was found to be lost since somebody last looked
@@ -256,6 +281,9 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 		return p, err
 	}
 	if p.ca, err = loadCA(cfg); err != nil {
+		return p, err
+	}
+	if p.guard, err = newGuard(cfg, log); err != nil {
 		return p, err
 	}
 	// On a read-only file system there are no keys to come.

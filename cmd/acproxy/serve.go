@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/localca"
@@ -208,7 +210,7 @@ func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
 
 func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func(server.Access)) server.Config {
 	out := server.Config{
-		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
+		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, Guard: n.parts.guard, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
 		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: access, Log: log,
 		Patience: server.Patience{
 			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),
@@ -248,7 +250,7 @@ type front interface {
 
 // listen opens one listener and serves it.
 func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger) error {
-	hs := n.server.HTTP(l.Proxy)
+	hs := n.server.HTTP(server.Front{Proxy: l.Proxy, Auth: authMethods(l.Auth)})
 	hs.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	scheme := "http"
 	if l.TLS != config.TLSNone {
@@ -264,7 +266,7 @@ func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger)
 		return fmt.Errorf("listening: %w", err)
 	}
 	if public(listener.Addr()) {
-		log.Warn("this address can be reached from other machines, and whoever reaches it can read every image", "address", listener.Addr())
+		warnOfAddress(n.parts.cfg, l, listener.Addr(), log)
 	}
 	n.bound = append(n.bound, bound{scheme, listener})
 	var front front = hs
@@ -283,6 +285,26 @@ func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger)
 	return nil
 }
 
+// warnOfAddress says what who can reach an address from other machines can do.
+func warnOfAddress(cfg *config.Config, l config.Listen, addr net.Addr, log *slog.Logger) {
+	if len(cfg.Access.Rules) == 0 && (len(l.Auth) == 0 || slices.Contains(l.Auth, config.AuthAnonymous)) {
+		log.Warn("this address can be reached from other machines, and whoever reaches it can read every image; access.rules say who may", "address", addr)
+	}
+	if shown := authMethods(l.Auth); l.TLS == config.TLSNone && len(cfg.Access.Rules) > 0 && (shown == 0 || shown&(access.Basic|access.Bearer) != 0) {
+		log.Warn("passwords and tokens that clients show at this address cross the network in clear; set tls for it, or auth: [anonymous]", "address", addr)
+	}
+}
+
+// authMethods returns how clients may show who they are, 0 for every way.
+func authMethods(words []string) (methods access.Method) {
+	for _, word := range words {
+		methods |= map[string]access.Method{
+			config.AuthAnonymous: access.Anonymous, config.AuthBasic: access.Basic, config.AuthBearer: access.Bearer, config.AuthCertificate: access.Certificate,
+		}[word]
+	}
+	return methods
+}
+
 func public(addr net.Addr) bool {
 	ap, err := netip.ParseAddrPort(addr.String())
 	return err == nil && !ap.Addr().IsLoopback()
@@ -290,6 +312,16 @@ func public(addr net.Addr) bool {
 
 func (n *running) tlsConfig(l config.Listen) (*tls.Config, error) {
 	out := server.TLS()
+	if l.ClientCAFile != "" {
+		var err error
+		if out.ClientCAs, err = rootsOf(x509.NewCertPool(), l.ClientCAFile); err != nil {
+			return nil, err
+		}
+		out.ClientAuth = tls.VerifyClientCertIfGiven
+		if slices.Equal(l.Auth, []string{config.AuthCertificate}) {
+			out.ClientAuth = tls.RequireAndVerifyClientCert
+		}
+	}
 	if l.TLS == config.TLSLocalCA {
 		if n.parts.ca == nil {
 			return nil, errors.New("tls: local-ca needs the local CA, which isn't there; make it with: acproxy ca init --host HOST")

@@ -36,6 +36,7 @@ func (c *Config) check(r *report) {
 	c.checkFetch(r)
 	c.checkFreshness(r)
 	c.checkCache(r)
+	c.checkAccess(r)
 	c.checkPublishers(r)
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)
@@ -65,6 +66,13 @@ func (c *Config) checkWords(r *report, v reflect.Value, path string) {
 	for _, field := range reflect.VisibleFields(v.Type()) {
 		at, value := join(path, key(field)), v.FieldByIndex(field.Index)
 		switch {
+		case field.Tag.Get("oneof") != "" && value.Kind() == reflect.Slice:
+			words := strings.Fields(field.Tag.Get("oneof"))
+			for i := range value.Len() {
+				if word := value.Index(i).String(); !slices.Contains(words, word) && !r.broken(index(at, i)) {
+					r.value(index(at, i), "%s", notAWord(word, words))
+				}
+			}
 		case field.Tag.Get("oneof") != "":
 			words := strings.Fields(field.Tag.Get("oneof"))
 			inherits := v.Type() == reflect.TypeFor[Publisher]() && value.String() == ""
@@ -111,6 +119,49 @@ func (c *Config) checkListen(r *report) {
 			r.key(path+".cert_file", "a cert_file is used with tls: files only, and this is tls: %s: write tls: files, or remove it", l.TLS)
 		case l.TLS != TLSFiles && l.KeyFile != "":
 			r.key(path+".key_file", "a key_file is used with tls: files only, and this is tls: %s: write tls: files, or remove it", l.TLS)
+		}
+		c.checkAuth(r, path, l)
+	}
+}
+
+// checkAuth checks how clients are to show who they are at one address.
+func (c *Config) checkAuth(r *report, path string, l Listen) {
+	if l.TLS == TLSNone && l.ClientCAFile != "" {
+		r.key(path+".client_ca_file", "certificates of clients need TLS, and this is tls: none: write tls: files or tls: local-ca, or remove it")
+	}
+	if len(l.Auth) == 0 || r.broken(path+".auth") {
+		return
+	}
+	if slices.Contains(l.Auth, AuthBasic) && c.Access.UsersFile == "" {
+		r.value(path+".auth", "basic needs users: name a file as access.users_file, or leave it out")
+	}
+	if slices.Contains(l.Auth, AuthCertificate) && l.ClientCAFile == "" {
+		r.value(path+".auth", "certificate needs to know whose certificates count: name a client_ca_file, or leave it out")
+	}
+}
+
+// checkAccess checks who may have what.
+func (c *Config) checkAccess(r *report) {
+	seen := make(map[string]int)
+	for i, rule := range c.Access.Rules {
+		path := index("access.rules", i)
+		if r.broken(path) {
+			continue
+		}
+		prefix := strings.TrimSuffix(rule.Prefix, "/")
+		if prefix != "" {
+			if err := acproxy.CheckName(prefix); err != nil {
+				r.value(path+".prefix", "%v", err)
+			}
+		}
+		if earlier, twice := seen[prefix]; twice {
+			r.value(path+".prefix", "access.rules[%d] is about this prefix already: put both into one", earlier)
+		}
+		seen[prefix] = i
+		for j, name := range rule.Read {
+			if name == "" || strings.ContainsAny(name, " :") {
+				r.value(index(path+".read", j), "%q is no name: write that of a user, of a client with a token or of a certificate, known, or anyone", clip(name))
+			}
 		}
 	}
 }
@@ -601,9 +652,14 @@ func (c *Config) paths() []pathValue {
 		{"ca.dir", &c.CA.Dir},
 		{"trust.system_dir", &c.Trust.SystemDir},
 		{"trust.local_dir", &c.Trust.LocalDir},
+		{"access.users_file", &c.Access.UsersFile},
+		{"access.tokens_file", &c.Access.TokensFile},
 	}
 	for i := range c.Listen {
 		all = append(all, pathValue{index("listen", i) + ".cert_file", &c.Listen[i].CertFile}, pathValue{index("listen", i) + ".key_file", &c.Listen[i].KeyFile})
+	}
+	for i := range c.Listen {
+		all = append(all, pathValue{index("listen", i) + ".client_ca_file", &c.Listen[i].ClientCAFile})
 	}
 	for i := range c.Publishers {
 		all = append(all, pathValue{index("publishers", i) + ".ca_file", &c.Publishers[i].CAFile})
@@ -662,17 +718,25 @@ func (c *Config) checkFiles(r *report) {
 			r.value(index("listen", i)+".key_file", "it does not go with %s: %s; give the key and the certificate, both in PEM", l.CertFile, strings.TrimPrefix(err.Error(), "tls: "))
 		}
 	}
+	for i, l := range c.Listen {
+		checkCAFile(r, index("listen", i)+".client_ca_file", l.ClientCAFile)
+	}
 	for i, p := range c.Publishers {
-		if p.CAFile == "" || r.broken(index("publishers", i)+".ca_file") {
-			continue
-		}
-		text, err := readPEM(p.CAFile)
-		switch {
-		case err != nil:
-			r.value(index("publishers", i)+".ca_file", "%v", err)
-		case !x509.NewCertPool().AppendCertsFromPEM(text):
-			r.value(index("publishers", i)+".ca_file", "%s holds no certificate in PEM: give a file with -----BEGIN CERTIFICATE----- in it", p.CAFile)
-		}
+		checkCAFile(r, index("publishers", i)+".ca_file", p.CAFile)
+	}
+}
+
+// checkCAFile notes a file of certificates that has none.
+func checkCAFile(r *report, path, file string) {
+	if file == "" || r.broken(path) {
+		return
+	}
+	text, err := readPEM(file)
+	switch {
+	case err != nil:
+		r.value(path, "%v", err)
+	case !x509.NewCertPool().AppendCertsFromPEM(text):
+		r.value(path, "%s holds no certificate in PEM: give a file with -----BEGIN CERTIFICATE----- in it", file)
 	}
 }
 

@@ -17,6 +17,14 @@ const (
 	TLSFiles   = "files"
 )
 
+// Values of [Listen.Auth].
+const (
+	AuthAnonymous   = "anonymous"
+	AuthBasic       = "basic"
+	AuthBearer      = "bearer"
+	AuthCertificate = "certificate"
+)
+
 // Values of [Fetch.Delivery].
 const (
 	DeliveryCutThrough  = "cut-through"
@@ -74,6 +82,9 @@ type Config struct {
 	// node itself used. Plain http here while nodes discover over TLS is the fast path: the small pages need TLS, the large bytes do not,
 	// as nodes check their signatures.
 	PublicURL string `yaml:"public_url"`
+
+	// Who may have what. Without rules, whoever reaches an address above may have every image.
+	Access Access `yaml:"access"`
 
 	// The socket that acproxy's own commands use to speak to the server.
 	Admin Admin `yaml:"admin"`
@@ -146,6 +157,38 @@ type Listen struct {
 
 	// Whether nodes may use this address as their HTTP proxy (CONNECT, and requests for whole URLs).
 	Proxy bool `yaml:"proxy"`
+
+	// Certificate authorities in PEM whose certificates clients may show (mutual TLS). The name of such a client is the common name of its certificate, else
+	// its first DNS name. Not with tls: none.
+	ClientCAFile string `yaml:"client_ca_file"`
+
+	// How clients may show who they are here: anonymous (not at all), basic (user and password), bearer (token), certificate. Without anonymous nobody is
+	// answered who doesn't. Empty: all of them.
+	Auth []string `yaml:"auth" oneof:"anonymous basic bearer certificate"`
+}
+
+// Access is who may have what.
+type Access struct {
+	// File of users and their passwords as htpasswd -B writes it: a line of user:hash for each, by bcrypt. It is read again when it has changed. Empty: no
+	// users.
+	UsersFile string `yaml:"users_file"`
+
+	// File of bearer tokens, which acproxy token writes. It is read again when it has changed. Empty: tokens in data_dir.
+	TokensFile string `yaml:"tokens_file"`
+
+	// Who may have what. The longest prefix that covers a name decides alone. What none covers nobody may have, and without any rule everybody may have
+	// everything.
+	Rules []AccessRule `yaml:"rules"`
+}
+
+// An AccessRule says who may have the images under a prefix.
+type AccessRule struct {
+	// The image names this is about, by whole segments, as in allow. "" is every name.
+	Prefix string `yaml:"prefix"`
+
+	// Who may have these images, and know that there are any: names of users, of clients with tokens and of certificates, known for whoever has shown who he
+	// is, or anyone.
+	Read []string `yaml:"read" required:"known"`
 }
 
 // Admin is the socket for commands.

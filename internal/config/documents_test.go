@@ -80,6 +80,11 @@ func samplePublishers() []Publisher {
 	}
 }
 
+// sampleRules show the keys of a rule, which has no default.
+func sampleRules() []AccessRule {
+	return []AccessRule{{Prefix: "", Read: []string{"anyone"}}, {Prefix: "example.com/secret", Read: []string{"alice", "node1.example.net"}}}
+}
+
 // Both documents are what the comments and defaults of this package say. With -update they are written.
 func TestDocuments(t *testing.T) {
 	words := fieldComments(t)
@@ -122,7 +127,16 @@ func TestExample(t *testing.T) {
 		t.Fatal("the example does not end in publishers: []")
 	}
 	var b strings.Builder
-	b.WriteString(head + "publishers:\n")
+	head, rest, found := strings.Cut(head, "  rules: []\n")
+	rules, rest, ended := strings.Cut(rest, "\n\n")
+	if !found || !ended {
+		t.Fatal("the example has no rules: []")
+	}
+	b.WriteString(head + "  rules:\n")
+	for line := range strings.Lines(rules) {
+		b.WriteString(strings.TrimPrefix(line, "  # "))
+	}
+	b.WriteString("\n\n" + rest + "publishers:\n")
 	for line := range strings.Lines(commented) {
 		b.WriteString(strings.TrimPrefix(strings.TrimPrefix(line, "#"), " "))
 	}
@@ -133,6 +147,9 @@ func TestExample(t *testing.T) {
 	}
 	if want := samplePublishers(); !reflect.DeepEqual(c.Publishers, want) {
 		t.Errorf("the publishers of the example are\n%+v, want\n%+v", c.Publishers, want)
+	}
+	if want := sampleRules(); !reflect.DeepEqual(c.Access.Rules, want) {
+		t.Errorf("the rules of the example are\n%+v, want\n%+v", c.Access.Rules, want)
 	}
 	manual, err := os.ReadFile(docsFile)
 	if err != nil {
@@ -245,10 +262,31 @@ func writeSection(t *testing.T, b *strings.Builder, words map[string]string, v r
 				b.WriteString(indent + "  - " + strings.TrimPrefix(one.String(), indent+"    "))
 			}
 		default:
-			if field.Type == reflect.TypeFor[[]Publisher]() {
+			sampled := field.Type == reflect.TypeFor[[]AccessRule]()
+			if field.Type == reflect.TypeFor[[]Publisher]() || sampled {
 				fmt.Fprintf(b, "%s# To use the examples below, remove the [] and the # at the beginning of each line.\n", indent)
 			}
 			fmt.Fprintf(b, "%s%s: %s\n", indent, key(field), written(value))
+			if sampled {
+				writeSamples(t, b, words, reflect.ValueOf(sampleRules()), indent)
+			}
+		}
+	}
+}
+
+// writeSamples writes a list whose lines are all commented out, with the comments of its keys in the first one.
+func writeSamples(t *testing.T, b *strings.Builder, words map[string]string, list reflect.Value, indent string) {
+	t.Helper()
+	for i := range list.Len() {
+		var one strings.Builder
+		for _, field := range reflect.VisibleFields(list.Type().Elem()) {
+			if i == 0 {
+				comment(t, &one, words, list.Type().Elem(), field, "      ")
+			}
+			fmt.Fprintf(&one, "      %s: %s\n", key(field), written(list.Index(i).FieldByIndex(field.Index)))
+		}
+		for line := range strings.Lines("    - " + strings.TrimPrefix(one.String(), "      ")) {
+			b.WriteString(indent + "# " + line)
 		}
 	}
 }
@@ -313,7 +351,7 @@ func written(v reflect.Value) string {
 			texts[i] = x[i].String()
 		}
 		return "[" + strings.Join(texts, ", ") + "]"
-	case []Publisher:
+	case []Publisher, []AccessRule:
 		return "[]"
 	}
 	return fmt.Sprint(v.Interface())
@@ -362,8 +400,11 @@ func table(b *strings.Builder, words map[string]string, path string, v reflect.V
 	for _, field := range reflect.VisibleFields(v.Type()) {
 		below := join(path, key(field))
 		row(b, below, v.FieldByIndex(field.Index), field, words[v.Type().Name()+"."+field.Name])
-		if isSection(field.Type) {
+		switch {
+		case isSection(field.Type):
 			table(b, words, below, v.FieldByIndex(field.Index))
+		case hasTable(field.Type):
+			table(b, words, below+"[]", reflect.Zero(field.Type.Elem()))
 		}
 	}
 }

@@ -198,7 +198,7 @@ func (d decoder) decode(path string, n ast.Node, v reflect.Value, oneof string) 
 	case v.Kind() == reflect.Struct:
 		d.decodeStruct(path, n, v)
 	case v.Kind() == reflect.Slice:
-		d.decodeList(path, n, v)
+		d.decodeList(path, n, v, oneof)
 	case v.Kind() == reflect.Map:
 		d.decodeMap(path, n, v)
 	default:
@@ -257,7 +257,7 @@ func (d decoder) name(path string, pair *ast.MappingValueNode, given map[string]
 	return name, true
 }
 
-func (d decoder) decodeList(path string, n ast.Node, v reflect.Value) {
+func (d decoder) decodeList(path string, n ast.Node, v reflect.Value, oneof string) {
 	sequence, ok := n.(*ast.SequenceNode)
 	if !ok {
 		d.r.value(path, "%s stands where a list should: write each value on a line of its own after a dash, or all of them in [ ]", kind(n))
@@ -275,7 +275,7 @@ func (d decoder) decodeList(path string, n ast.Node, v reflect.Value) {
 			d.r.value(at, "there is no value after the dash: write one, or remove it")
 			continue
 		}
-		d.decode(at, value, element, "")
+		d.decode(at, value, element, oneof)
 	}
 	if len(sequence.Values) == 0 {
 		list = reflect.Zero(v.Type()) // so that [] is the same as nothing

@@ -124,5 +124,5 @@ func benchHandler(b *testing.B) (handler http.Handler, etag string) {
 	must(err)
 	defer im.Close()
 	must(im.Inspected(b.Context()))
-	return s.Handler(false), im.ETag
+	return s.Handler(Front{}), im.ETag
 }

@@ -43,7 +43,7 @@ func newBriskDoor(t *testing.T, patience Patience, handler http.HandlerFunc) *br
 		t.Fatal(err)
 	}
 	b.server.brisk.Put(briskKey{briskHost, briskTarget}, u)
-	hs := b.server.HTTP(false)
+	hs := b.server.HTTP(Front{})
 	hs.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() {
 			if brisk, ok := w.(*briskWriter); ok && !brisk.given {

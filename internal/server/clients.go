@@ -47,11 +47,10 @@ func (s *Server) Listen(ctx context.Context, address string) (net.Listener, erro
 	return (&net.ListenConfig{Control: cutStalled(s.cfg.Patience.Stall)}).Listen(ctx, "tcp", address)
 }
 
-// HTTP returns what serves a listener, within the server's patience. With proxy it also is a front door for clients that have acproxy as their HTTP
-// proxy, as in [Server.Handler].
-func (s *Server) HTTP(proxy bool) *http.Server {
+// HTTP returns what serves a listener, within the server's patience.
+func (s *Server) HTTP(front Front) *http.Server {
 	p := s.cfg.Patience
-	return &http.Server{Handler: s.Handler(proxy), ReadHeaderTimeout: p.Header, IdleTimeout: p.Idle, MaxHeaderBytes: maxHeaderBytes}
+	return &http.Server{Handler: s.Handler(front), ReadHeaderTimeout: p.Header, IdleTimeout: p.Idle, MaxHeaderBytes: maxHeaderBytes}
 }
 
 // TLS returns the configuration of TLS that all connections of nodes have in common. Old builds of rkt know TLS 1.2 at the most. Nearly all bytes are those

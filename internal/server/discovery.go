@@ -25,6 +25,9 @@ func (s *Server) discovery(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	noteRef(w, name)
+	if err := s.mayRead(w, r, name); err != nil {
+		return err
+	}
 	found, err := s.cfg.Fetcher.Discover(r.Context(), name)
 	if err != nil {
 		return err

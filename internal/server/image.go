@@ -128,6 +128,9 @@ func (s *Server) serveRef(w http.ResponseWriter, r *http.Request, ref acproxy.Re
 func (s *Server) serveKnown(w http.ResponseWriter, r *http.Request, known asked) error {
 	noteRef(w, known.text)
 	ref := known.ref
+	if err := s.mayRead(w, r, ref.Name()); err != nil {
+		return err
+	}
 	req := fetch.Request{Ref: ref, Client: client(r)}
 	if known.ext == extSignature {
 		sig, err := s.cfg.Fetcher.Signature(r.Context(), req)
@@ -152,7 +155,7 @@ func (s *Server) byImageID(w http.ResponseWriter, r *http.Request, id, ext strin
 		return err
 	}
 	noteRef(w, id)
-	im, err := s.cfg.Fetcher.ByImageID(r.Context(), digits)
+	im, err := s.cfg.Fetcher.ByImageID(r.Context(), digits, func(name string) bool { return s.reads(w, r, name) })
 	if err != nil {
 		return err
 	}
@@ -203,6 +206,9 @@ func (s *Server) cacheHeader(w http.ResponseWriter, status fetch.Status, ref acp
 	h["Cache-Control"] = s.maxAge
 	if !ref.IsZero() && ref.Version() == "" {
 		h["Cache-Control"] = s.maxAgeLatest
+	}
+	if rec, ok := w.(*recorder); ok && rec.private {
+		h["Cache-Control"] = []string{"private, " + h["Cache-Control"][0]}
 	}
 }
 

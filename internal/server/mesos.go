@@ -115,6 +115,9 @@ func cutLast(s, sep string) (before, after string, ok bool) {
 // the image is held.
 func (s *Server) serveGzip(w http.ResponseWriter, r *http.Request, ref acproxy.Ref) error {
 	noteRef(w, ref.String())
+	if err := s.mayRead(w, r, ref.Name()); err != nil {
+		return err
+	}
 	im, err := s.cfg.Fetcher.Image(r.Context(), fetch.Request{Ref: ref, Client: client(r)})
 	if err != nil {
 		return err

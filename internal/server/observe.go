@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/access"
 )
 
 // note records how a request failed for its access line.
@@ -33,9 +34,9 @@ func noteRef(w http.ResponseWriter, ref string) {
 }
 
 // observe gives every request an ID, refuses loops and writes one access line.
-func (s *Server) observe(next http.Handler) http.Handler {
+func (s *Server) observe(front Front, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rec := &recorder{ResponseWriter: w, id: requestID(r)}
+		rec := &recorder{ResponseWriter: w, id: requestID(r), front: front}
 		if r.TLS != nil && r.ProtoMajor == 1 {
 			rec.buffers = &s.buffers
 		}
@@ -56,6 +57,10 @@ func (s *Server) observe(next http.Handler) http.Handler {
 			}})
 			return
 		}
+		if err := s.admit(rec, r); err != nil {
+			s.fail(rec, r, err)
+			return
+		}
 		next.ServeHTTP(rec, r)
 		if brisk == nil {
 			s.remember(r, rec)
@@ -74,6 +79,7 @@ func requestID(r *http.Request) string {
 // Access is what there is to say of a request that was answered.
 type Access struct {
 	ID, Client, Method, Host, Path, Proto string
+	User                                  string // who has shown who he is, "" if nobody was asked
 	Status                                int
 	Bytes                                 int64 // of the content
 	Took                                  time.Duration
@@ -84,7 +90,7 @@ type Access struct {
 
 func (s *Server) access(r *http.Request, rec *recorder, took time.Duration) {
 	s.cfg.Access(Access{
-		ID: rec.id, Client: client(r), Method: r.Method, Host: r.Host, Path: requestURI(r), Proto: r.Proto, Status: rec.status, Bytes: rec.bytes, Took: took,
+		ID: rec.id, Client: client(r), Method: r.Method, Host: r.Host, Path: requestURI(r), Proto: r.Proto, User: rec.who.Name, Status: rec.status, Bytes: rec.bytes, Took: took,
 		Cache: rec.Header().Get("Cache-Status"), Ref: rec.ref, Err: rec.err,
 	})
 }
@@ -106,6 +112,12 @@ type recorder struct {
 	id  string
 	ref string
 	err error
+
+	front      Front
+	who        access.Identity
+	wrong      error // with what the client has shown
+	identified bool  // who and wrong are set
+	private    bool  // what is answered is not for everybody
 
 	buffers *sync.Pool // of *[encryptAtOnce]byte, nil where nothing is encrypted by us
 }

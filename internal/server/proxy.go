@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/access"
 )
 
 // proxy answers clients that have acproxy as their HTTP proxy.
@@ -65,11 +66,13 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) error {
 			Detail: "this proxy has no local CA to answer for " + host + " with; acproxy ca init --host " + host + " makes one",
 		}
 	}
+	to := connected{host: host}
+	to.who, _ = s.identify(w, r)
 	conn, err := takeOver(w)
 	if err != nil {
 		return err
 	}
-	s.inner.serve(conn, host)
+	s.inner.serve(conn, to)
 	return nil
 }
 
@@ -171,8 +174,14 @@ type inner struct {
 	serving  sync.WaitGroup
 }
 
-// connectedTo is the host a connection was terminated for.
+// connectedTo is the key of what a connection was terminated for.
 type connectedTo struct{}
+
+// connected is what a CONNECT request said: the host that it named, and who asked.
+type connected struct {
+	host string
+	who  access.Identity
+}
 
 func newInner(s *Server) *inner {
 	in := &inner{
@@ -181,14 +190,14 @@ func newInner(s *Server) *inner {
 		config:   TLS(),
 	}
 	in.config.GetCertificate, in.config.NextProtos = s.cfg.Certificate, []string{"h2", "http/1.1"}
-	in.http = s.HTTP(false)
+	in.http = s.HTTP(Front{Auth: access.AllMethods})
 	// A copy of its own: Serve adds to it while connections are being made with the other.
 	in.http.TLSConfig = in.config.Clone()
 	in.http.Handler = misdirected(s, in.http.Handler)
 	in.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
 		if t, ok := c.(*tls.Conn); ok {
 			if h, ok := t.NetConn().(*hostConn); ok {
-				return context.WithValue(ctx, connectedTo{}, h.host)
+				return context.WithValue(ctx, connectedTo{}, h.connected)
 			}
 		}
 		return ctx
@@ -201,9 +210,9 @@ func newInner(s *Server) *inner {
 // misdirected refuses requests for another host than the connection was made to (RFC 9110 §15.5.20).
 func misdirected(s *Server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if host, ok := r.Context().Value(connectedTo{}).(string); ok && host != requestHost(r) {
+		if c, ok := r.Context().Value(connectedTo{}).(connected); ok && c.host != requestHost(r) {
 			s.fail(w, r, &statusError{http.StatusMisdirectedRequest, &acproxy.Error{
-				Kind: acproxy.ErrInvalid, Code: "misdirected", Detail: "this connection was made to " + host + ", not to " + requestHost(r),
+				Kind: acproxy.ErrInvalid, Code: "misdirected", Detail: "this connection was made to " + c.host + ", not to " + requestHost(r),
 			}})
 			return
 		}
@@ -211,14 +220,15 @@ func misdirected(s *Server, next http.Handler) http.Handler {
 	})
 }
 
-// hostConn remembers which host a CONNECT request named.
+// hostConn remembers what a CONNECT request said.
 type hostConn struct {
 	net.Conn
-	host string
+	connected
 }
 
-// serve shakes hands for host on a taken-over connection and hands it to the inner server, which closes it.
-func (in *inner) serve(conn net.Conn, host string) {
+// serve shakes hands for a host on a taken-over connection and hands it to the inner server, which closes it.
+func (in *inner) serve(conn net.Conn, to connected) {
+	host := to.host
 	config := in.config.Clone()
 	config.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 		if hello.ServerName == "" {
@@ -232,7 +242,7 @@ func (in *inner) serve(conn net.Conn, host string) {
 		}
 		return in.config.GetCertificate(hello)
 	}
-	t := tls.Server(&hostConn{conn, host}, config)
+	t := tls.Server(&hostConn{conn, to}, config)
 	ctx, cancel := context.WithTimeout(context.Background(), in.patience.Header)
 	defer cancel()
 	if err := t.HandshakeContext(ctx); err != nil {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/memo"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -29,6 +30,8 @@ const Root = "/.acproxy/"
 type Config struct {
 	Fetcher *fetch.Fetcher
 	Keyring func() *trust.Keyring // the keys as they are now
+
+	Guard *access.Guard // decides who may have what; nil means that everybody may have everything
 
 	// PublicURL is the scheme and host that the templates on discovery pages point to. nil means those that the client used.
 	PublicURL *url.URL
@@ -148,13 +151,12 @@ func isDiscovery(r *http.Request, _ *mux.RouteMatch) bool {
 	return strings.Contains(r.URL.RawQuery, "ac-discovery") && r.URL.Query().Has("ac-discovery") && !strings.HasPrefix(r.URL.EscapedPath(), Root)
 }
 
-// Handler returns the handler for a listener. With proxy it also is a front door for clients that have acproxy as their HTTP proxy: CONNECT and
-// absolute-form requests.
-func (s *Server) Handler(proxy bool) http.Handler {
-	return s.patient(s.observe(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+// Handler returns the handler for a listener.
+func (s *Server) Handler(front Front) http.Handler {
+	return s.patient(s.observe(front, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
-		case r.Method == http.MethodConnect || r.URL.IsAbs():
-			if !proxy {
+		case toProxy(r):
+			if !front.Proxy {
 				s.fail(w, r, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "not-a-proxy", Detail: "this listener is no HTTP proxy; set proxy: true for it in the configuration"})
 				return
 			}

@@ -1,0 +1,218 @@
+// Package access decides who a client is, and what it may have.
+package access
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/memo"
+)
+
+// Names that stand for more than one client in a [Rule].
+const (
+	Anyone = "anyone" // everybody, nameless clients too
+	Known  = "known"  // everybody who has shown who he is
+)
+
+// A Method is how a client shows who it is. Methods add up as bits.
+type Method uint8
+
+// The methods.
+const (
+	Anonymous   Method = 1 << iota // not at all
+	Basic                          // user and password (RFC 7617)
+	Bearer                         // a token (RFC 6750)
+	Certificate                    // in the TLS handshake
+
+	AllMethods = Anonymous | Basic | Bearer | Certificate
+)
+
+// An Identity is who a client is. The zero Identity is a nameless client.
+type Identity struct {
+	Name string
+	By   Method
+}
+
+// A Rule says who may read the images under a prefix, by whole segments of their names.
+type Rule struct {
+	Prefix string   // "" is every image
+	Read   []string // names of clients, [Anyone] or [Known]
+}
+
+// Config is what a Guard works with.
+type Config struct {
+	Users  *Users  // nil means that there are none
+	Tokens *Tokens // nil means that there are none
+	// Rules say who may read what; the longest prefix that covers a name decides alone, and what none covers nobody may read. Without any rules anybody may
+	// read everything.
+	Rules []Rule
+	Now   func() time.Time // nil means time.Now
+}
+
+// A Guard decides who clients are, and what they may have. It is safe for concurrent use.
+type Guard struct {
+	cfg   Config
+	rules []Rule // the longest prefix first
+	now   func() time.Time
+
+	// What bcrypt was asked already: it takes a tenth of a second.
+	passwords *memo.Memo[[sha256.Size]byte, time.Time]
+	hashing   chan struct{}
+}
+
+// New returns a Guard.
+func New(cfg Config) *Guard {
+	g := &Guard{cfg: cfg, rules: slices.Clone(cfg.Rules), now: cfg.Now, passwords: memo.New[[sha256.Size]byte, time.Time](maxPasswords), hashing: make(chan struct{}, 2)}
+	if g.now == nil {
+		g.now = time.Now
+	}
+	slices.SortStableFunc(g.rules, func(a, b Rule) int { return len(b.Prefix) - len(a.Prefix) })
+	return g
+}
+
+// MayRead reports whether a client may have the images of a name, and know that there are any.
+func (g *Guard) MayRead(who Identity, name string) bool {
+	if len(g.rules) == 0 {
+		return true
+	}
+	for _, rule := range g.rules {
+		if acproxy.HasPrefix(name, rule.Prefix) {
+			return covers(rule.Read, who)
+		}
+	}
+	return false
+}
+
+// covers reports whether a list of names covers a client.
+func covers(names []string, who Identity) bool {
+	for _, name := range names {
+		switch {
+		case name == Anyone, name == Known && who.Name != "", name == who.Name && who.Name != "":
+			return true
+		}
+	}
+	return false
+}
+
+// Credentials are what a client shows.
+type Credentials struct {
+	Authorization string              // the field of that name, or Proxy-Authorization
+	Certificates  []*x509.Certificate // that TLS has verified, the client's first
+}
+
+// errCredentials is matched by errors about what a client has shown.
+var errCredentials = errors.New("the credentials are not valid")
+
+// Identify returns who a client is by what it shows, as far as the methods allow it. Of a client that shows nothing it returns the zero Identity. The error,
+// beside the zero Identity, says what is wrong with what it showed: whoever is asked for what anybody may have need not mind.
+func (g *Guard) Identify(shown Credentials, methods Method) (Identity, error) {
+	if methods&Certificate != 0 && len(shown.Certificates) > 0 {
+		if name := subject(shown.Certificates[0]); name != "" {
+			return Identity{name, Certificate}, nil
+		}
+		return Identity{}, fmt.Errorf("%w: the certificate names nobody: it has neither a common name nor a DNS name", errCredentials)
+	}
+	scheme, rest, _ := strings.Cut(shown.Authorization, " ")
+	switch {
+	case shown.Authorization == "":
+		return Identity{}, nil
+	case strings.EqualFold(scheme, "Basic") && methods&Basic != 0:
+		return g.basic(strings.TrimSpace(rest))
+	case strings.EqualFold(scheme, "Bearer") && methods&Bearer != 0:
+		return g.bearer(strings.TrimSpace(rest))
+	}
+	return Identity{}, fmt.Errorf("%w: %.20q is no way to show who one is here", errCredentials, scheme)
+}
+
+// subject returns the name of whom a certificate is for.
+func subject(cert *x509.Certificate) string {
+	if cert.Subject.CommonName != "" {
+		return cert.Subject.CommonName
+	}
+	if len(cert.DNSNames) > 0 {
+		return cert.DNSNames[0]
+	}
+	return ""
+}
+
+// maxPasswords bounds how many passwords are remembered, and passwordFor is for how long.
+const (
+	maxPasswords = 4096
+	passwordFor  = 5 * time.Minute
+)
+
+var errPassword = fmt.Errorf("%w: there is no such user, or the password is another one", errCredentials)
+
+// nobody is compared with the passwords of users that there are none of, so that they take their time as well.
+var nobody = []byte("$2a$10$vU//WD78VePwLFXXRXGas.UqNXpFgcRUmvAWf0wtJuCDxFtBuzpWC")
+
+func (g *Guard) basic(encoded string) (Identity, error) {
+	// The standard library reads it, of a request.
+	r := http.Request{Header: http.Header{"Authorization": {"Basic " + encoded}}}
+	user, password, ok := r.BasicAuth()
+	switch {
+	case !ok:
+		return Identity{}, fmt.Errorf("%w: user and password can't be read", errCredentials)
+	case user == Anyone || user == Known || user == "":
+		return Identity{}, errPassword
+	}
+	if g.cfg.Tokens != nil && strings.HasPrefix(password, tokenPrefix) {
+		// As Docker, containerd and rkt can be told to: the token in the place of the password.
+		who, err := g.bearer(password)
+		if err == nil && user != who.Name {
+			return Identity{}, errPassword
+		}
+		return who, err
+	}
+	hash := g.cfg.Users.hash(user)
+	if hash == nil {
+		hash = nobody
+	}
+	// Of the hash too: a password that was changed is not remembered.
+	key := sha256.Sum256(fmt.Appendf(nil, "%d:%s%d:%s%s", len(user), user, len(password), password, hash))
+	if until, ok := g.passwords.Get(key); ok && g.now().Before(until) {
+		return Identity{user, Basic}, nil
+	}
+	// A flood of passwords must not take all processors.
+	g.hashing <- struct{}{}
+	err := bcrypt.CompareHashAndPassword(hash, []byte(password))
+	<-g.hashing
+	if err != nil || g.cfg.Users.hash(user) == nil {
+		return Identity{}, errPassword
+	}
+	g.passwords.Put(key, g.now().Add(passwordFor))
+	return Identity{user, Basic}, nil
+}
+
+func (g *Guard) bearer(token string) (Identity, error) {
+	t, ok := g.cfg.Tokens.find(token)
+	switch {
+	case !ok:
+		return Identity{}, fmt.Errorf("%w: the token is unknown here, or was revoked", errCredentials)
+	case !t.Expires.IsZero() && !g.now().Before(t.Expires):
+		return Identity{}, fmt.Errorf("%w: the token %s of %s has expired on %s", errCredentials, t.ID, t.Name, t.Expires.Format(time.DateOnly))
+	}
+	return Identity{t.Name, Bearer}, nil
+}
+
+// CheckName returns an error matching [acproxy.ErrInvalid] if a client can't have a name.
+func CheckName(name string) error {
+	switch {
+	case name == "", len(name) > 255:
+		return acproxy.Invalid("the name of a client has 1 to 255 bytes, and %.40q has %d", name, len(name))
+	case name == Anyone, name == Known:
+		return acproxy.Invalid("a client can't be called %s, which stands for many", name)
+	case strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c == 0x7f || c == ':' }):
+		return acproxy.Invalid("the name of a client, %q, must not have spaces or colons in it", name)
+	}
+	return nil
+}

@@ -1,0 +1,85 @@
+package access
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+
+	"github.com/acproxy/acproxy"
+)
+
+// Users are the users of a file as Apache's htpasswd -B writes it: a line of user:hash for each, with hashes by bcrypt. It is read again when it has
+// changed; one that can't be read then is told to the log, and what it said before goes on counting.
+type Users struct{ file file[map[string][]byte] }
+
+// OpenUsers reads a file of users. A file that isn't there, or a line of it that isn't as it should be, is an error with the line's number.
+func OpenUsers(path string, log *slog.Logger) (*Users, error) {
+	if _, err := os.Stat(path); err != nil {
+		return nil, err
+	}
+	u := &Users{file[map[string][]byte]{path: path, parse: parseUsers, now: time.Now, failed: func(err error) {
+		log.Error("the file of users has changed and can't be read; the users are those that it had before", "err", err)
+	}}}
+	return u, u.file.load(true)
+}
+
+// Reload reads the file again, now.
+func (u *Users) Reload() error { return u.file.load(true) }
+
+// hash returns the hash of a user's password, nil if there is no such user.
+func (u *Users) hash(user string) []byte {
+	if u == nil {
+		return nil
+	}
+	return u.file.get()[user]
+}
+
+func parseUsers(path string, content []byte) (map[string][]byte, error) {
+	users := make(map[string][]byte)
+	for i, line := range strings.Split(string(content), "\n") {
+		line = strings.TrimSuffix(line, "\r")
+		if strings.TrimSpace(line) == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		at := fmt.Sprintf("%s:%d", path, i+1)
+		user, hash, ok := strings.Cut(line, ":")
+		if !ok {
+			return nil, acproxy.Invalid("%s: this is not user:hash, as htpasswd -B writes it", at)
+		}
+		if err := CheckName(user); err != nil {
+			return nil, fmt.Errorf("%s: %w", at, err)
+		}
+		if users[user] != nil {
+			return nil, acproxy.Invalid("%s: the user %s is here twice", at, user)
+		}
+		if _, err := bcrypt.Cost([]byte(hash)); err != nil {
+			return nil, acproxy.Invalid("%s: the hash of %s is not one by bcrypt, which alone is taken: write it with htpasswd -B", at, user)
+		}
+		users[user] = []byte(hash)
+	}
+	return users, nil
+}
+
+// readBounded reads a file of at most so many bytes.
+func readBounded(path string, most int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var b bytes.Buffer
+	n, err := io.Copy(&b, io.LimitReader(f, most+1))
+	switch {
+	case err != nil:
+		return nil, err
+	case n > most:
+		return nil, acproxy.Invalid("%s is longer than %d bytes", path, most)
+	}
+	return b.Bytes(), nil
+}
