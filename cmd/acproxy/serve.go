@@ -215,6 +215,10 @@ func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func
 		Patience: server.Patience{
 			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),
 		},
+		Limits: server.Limits{
+			Rate: cfg.Clients.Rate, Burst: cfg.Clients.Burst,
+			MaxConnections: cfg.Clients.MaxConnections, MaxConnectionsPerClient: cfg.Clients.MaxConnectionsPerClient,
+		},
 		AllKeys: cfg.Trust.Publish == config.PublishAll, ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
 	}
 	if cfg.PublicURL != "" {

@@ -261,6 +261,13 @@ func (c *Config) checkClients(r *report) {
 	positive(r, "clients.header_timeout", c.Clients.HeaderTimeout, defaults.HeaderTimeout)
 	positive(r, "clients.idle_timeout", c.Clients.IdleTimeout, defaults.IdleTimeout)
 	positive(r, "clients.stall_timeout", c.Clients.StallTimeout, defaults.StallTimeout)
+	atMost(r, "clients.rate", c.Clients.Rate, 1_000_000)
+	atMost(r, "clients.burst", c.Clients.Burst, 1_000_000)
+	atMost(r, "clients.max_connections", c.Clients.MaxConnections, 1_000_000)
+	atMost(r, "clients.max_connections_per_client", c.Clients.MaxConnectionsPerClient, 1_000_000)
+	if c.Clients.Burst > 0 && c.Clients.Rate == 0 && !r.broken("clients") {
+		r.key("clients.burst", "without a rate there is no limit to go beyond: write a rate, or remove it")
+	}
 }
 
 func (c *Config) checkDial(r *report) {

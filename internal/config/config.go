@@ -224,6 +224,19 @@ type Clients struct {
 	// Without taking anything of an answer that waits for it. However slowly one takes it, it is not cut off. For connections as a whole the kernel sees
 	// to that, on Linux; within HTTP/2, where many answers share one, it is the time for 32KiB.
 	StallTimeout Duration `yaml:"stall_timeout"`
+
+	// Requests that one client, which is an IPv4 address or an IPv6 network of 64 bits, may make in a second. Further ones are answered with 429. 0 is no
+	// limit.
+	Rate int `yaml:"rate"`
+
+	// Requests that a client may make at once when it made none for a while. 0 is as many as in a second.
+	Burst int `yaml:"burst"`
+
+	// Connections that each address of listen has at once. Further ones wait. 0 is no limit.
+	MaxConnections int `yaml:"max_connections"`
+
+	// How many of these may be one client's. Further ones are closed. 0 is no limit.
+	MaxConnectionsPerClient int `yaml:"max_connections_per_client"`
 }
 
 // Dial is how publishers are reached.

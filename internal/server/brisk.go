@@ -127,12 +127,16 @@ func (d *Door) Serve(l net.Listener) error {
 			return err
 		}
 		pause = 0
-		tcp, ok := conn.(*net.TCPConn)
-		if !ok {
+		var c *briskConn
+		switch conn := conn.(type) {
+		case *net.TCPConn:
+			c = newBriskConn(d, conn, nil)
+		case *limitedConn:
+			c = newBriskConn(d, conn.TCPConn, conn)
+		default:
 			d.handed.hand(conn)
 			continue
 		}
-		c := newBriskConn(d, tcp)
 		if !d.enter(c) {
 			_ = conn.Close()
 			continue
@@ -179,7 +183,7 @@ func (d *Door) stop(all bool) error {
 	for c := range conns {
 		if all || c.busy.CompareAndSwap(briskIdle, briskOver) {
 			// Whoever reads from it finds out.
-			_ = c.TCPConn.Close()
+			_ = c.Close()
 		}
 	}
 	return err
@@ -223,15 +227,25 @@ type briskConn struct {
 	door    *Door
 	request *http.Request // what all its requests have in common
 	busy    atomic.Int32
-	before  []byte // what was read of it already, for whoever it is handed to
+	before  []byte       // what was read of it already, for whoever it is handed to
+	counted *limitedConn // nil if it doesn't count
 }
 
-func newBriskConn(d *Door, tcp *net.TCPConn) *briskConn {
+// newBriskConn returns what serves a connection. counted is that connection if it counts.
+func newBriskConn(d *Door, tcp *net.TCPConn, counted *limitedConn) *briskConn {
 	r := &http.Request{Method: http.MethodGet, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody}
 	if tcp != nil {
 		r.RemoteAddr = tcp.RemoteAddr().String()
 	}
-	return &briskConn{TCPConn: tcp, door: d, request: r.WithContext(d.ctx)}
+	return &briskConn{TCPConn: tcp, counted: counted, door: d, request: r.WithContext(d.ctx)}
+}
+
+// Close closes the connection.
+func (c *briskConn) Close() error {
+	if c.counted != nil {
+		return c.counted.Close()
+	}
+	return c.TCPConn.Close()
 }
 
 // Read gives what was read before it was handed over, and then the rest.
@@ -282,12 +296,12 @@ func (c *briskConn) serve() {
 	rush := min(rushFor, idle/2)
 	for {
 		if err := c.SetReadDeadline(time.Now().Add(patience)); err != nil {
-			_ = c.TCPConn.Close()
+			_ = c.Close()
 			return
 		}
 		n, err := c.TCPConn.Read(x.head)
 		if err != nil {
-			_ = c.TCPConn.Close()
+			_ = c.Close()
 			return
 		}
 		after := c.answer(x, n, c.TCPConn.Write)
@@ -299,7 +313,7 @@ func (c *briskConn) serve() {
 			c.handOver(x.head[:n])
 			return
 		case nextNothing:
-			_ = c.TCPConn.Close()
+			_ = c.Close()
 			return
 		}
 		patience = idle - rush
@@ -327,7 +341,7 @@ func (c *briskConn) answer(x *exchange, n int, write func([]byte) (int, error)) 
 func (c *briskConn) handOver(head []byte) {
 	c.before = head
 	if err := c.SetReadDeadline(time.Time{}); err != nil {
-		_ = c.TCPConn.Close()
+		_ = c.Close()
 		return
 	}
 	c.door.handed.hand(c)

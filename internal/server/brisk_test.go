@@ -436,7 +436,7 @@ func FuzzBrisk(f *testing.F) {
 		if err == nil {
 			s.remember(want, &recorder{ResponseWriter: &discarding{header: http.Header{"Cache-Status": cacheStatus(0)}}, status: http.StatusOK})
 		}
-		c := newBriskConn(s.Door(&http.Server{}), nil)
+		c := newBriskConn(s.Door(&http.Server{}), nil, nil)
 		defer c.door.cancel()
 		got := c.simple(head)
 		if got == nil {

@@ -44,7 +44,11 @@ func (p Patience) withDefaults() Patience {
 // Listen listens for clients at a TCP address. A connection whose client takes nothing for longer than the server's patience is closed.
 func (s *Server) Listen(ctx context.Context, address string) (net.Listener, error) {
 	// Set on the listening socket, the time is that of the connections, which inherit it.
-	return (&net.ListenConfig{Control: cutStalled(s.cfg.Patience.Stall)}).Listen(ctx, "tcp", address)
+	l, err := (&net.ListenConfig{Control: cutStalled(s.cfg.Patience.Stall)}).Listen(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return newLimitedListener(l, s.cfg.Limits), nil
 }
 
 // HTTP returns what serves a listener, within the server's patience.

@@ -57,7 +57,11 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 			}})
 			return
 		}
-		if err := s.admit(rec, r); err != nil {
+		err := s.rates.check(r)
+		if err == nil {
+			err = s.admit(rec, r)
+		}
+		if err != nil {
 			s.fail(rec, r, err)
 			return
 		}

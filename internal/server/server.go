@@ -52,6 +52,7 @@ type Config struct {
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
 
 	Patience Patience         // with clients
+	Limits   Limits           // of clients
 	Access   func(Access)     // is told of each request when it was answered; nil means nobody is told
 	Log      *slog.Logger     // nil means slog.Default
 	Now      func() time.Time // nil means time.Now
@@ -74,6 +75,7 @@ type Server struct {
 	maxAge, maxAgeLatest []string
 
 	buffers sync.Pool // for what is encrypted
+	rates   *rates    // nil if there is no limit
 
 	inner *inner // serves terminated CONNECT connections; nil if none are
 
@@ -97,6 +99,7 @@ func New(cfg Config) *Server {
 	s.refs, s.signatures, s.pages = memo.New[requested, asked](maxMemo), memo.New[acproxy.Digest, *small](maxMemo), memo.New[pageKey, *page](maxMemo)
 	s.helds, s.brisk = memo.New[heldKey, http.Header](maxMemo), newBriskMemo()
 	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
+	s.rates = newRates(cfg.Limits, s.now)
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {
 		s.inner = newInner(s)
