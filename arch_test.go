@@ -34,6 +34,7 @@ var layers = map[string][]string{
 	// What the nouns stand on.
 	"internal/durable": {},
 	"internal/memo":    {},
+	"internal/reread":  {},
 	"internal/web":     {"."},
 	"internal/aci":     {"."},
 	"internal/audit":   {},
@@ -41,14 +42,14 @@ var layers = map[string][]string{
 	"internal/config":  {"."},
 
 	// What stands on them.
-	"internal/access":  {".", "internal/durable", "internal/memo"},
+	"internal/access":  {".", "internal/durable", "internal/memo", "internal/reread"},
 	"internal/server":  {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo"},
 	"internal/admin":   {".", "cache", "internal/web"},
 	"internal/metrics": {".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/server", "internal/admin",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/reread", "internal/server", "internal/admin",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 

@@ -620,6 +620,31 @@ func (d *Disk) Rebuilding() bool {
 	return !d.knowledge().settled
 }
 
+// Working returns why the store can't do all of its work, nil if it can: it was closed, its index is broken and no other one could be put into its place, or
+// nothing can be written, as on a read-only or full file system. Images that are held are had all the same.
+func (d *Disk) Working() error {
+	d.mu.Lock()
+	closed := d.closed
+	d.mu.Unlock()
+	switch {
+	case closed:
+		return errClosed
+	case d.index().dead.Load():
+		return errors.New("the index is broken, and could not be replaced yet")
+	}
+	path := d.temp()
+	f, err := d.fsys.Create(path, filePerm)
+	if err == nil {
+		// A byte, since a full file system has names to give away, and no room.
+		_, err = f.Write([]byte{'\n'})
+		err = errors.Join(err, f.Close(), d.fsys.Remove(path))
+	}
+	if err != nil {
+		return fmt.Errorf("nothing can be written to the store: %w", noSpace(err))
+	}
+	return nil
+}
+
 // Ready waits until Rebuilding is false, however often it fails to become so.
 func (d *Disk) Ready(ctx context.Context) error { return d.ready(ctx, true) }
 

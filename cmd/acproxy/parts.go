@@ -168,22 +168,20 @@ func trustPolicy(p config.Publisher) trust.Policy {
 	return out
 }
 
-// newGuard returns what decides who may have what.
-func newGuard(cfg *config.Config, log *slog.Logger) (*access.Guard, error) {
-	tokens, err := access.OpenTokens(cfg.Access.TokensFile, log)
-	if err != nil {
-		return nil, err
+// guardConfig returns what decides who may have what, with the files that it names as they are now.
+func guardConfig(cfg *config.Config, log *slog.Logger) (out access.Config, err error) {
+	if out.Tokens, err = access.OpenTokens(cfg.Access.TokensFile, log); err != nil {
+		return out, err
 	}
-	out := access.Config{Tokens: tokens}
 	if file := cfg.Access.UsersFile; file != "" {
 		if out.Users, err = access.OpenUsers(file, log); err != nil {
-			return nil, fmt.Errorf("access.users_file: %w", err)
+			return out, fmt.Errorf("access.users_file: %w", err)
 		}
 	}
 	for _, rule := range cfg.Access.Rules {
 		out.Rules = append(out.Rules, access.Rule{Prefix: rule.Prefix, Read: rule.Read})
 	}
-	return access.New(out), nil
+	return out, nil
 }
 
 func trustDirs(cfg *config.Config) trust.Dirs {
@@ -225,6 +223,15 @@ type parts struct {
 
 // judged is the store with the state that the keys give its images now.
 func (p *parts) judged() admin.Judged { return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged} }
+
+// ready returns why not all of the work can be done, nil if it can. A side that is offline has nothing to write.
+func (p *parts) ready() error {
+	err := p.store.Working()
+	if p.cfg.Offline && errors.Is(err, acproxy.ErrNoSpace) {
+		return nil
+	}
+	return err
+}
 
 // decided is told every decision about an image.
 func (p *parts) decided(d fetch.Decision) {
@@ -283,9 +290,11 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 	if p.ca, err = loadCA(cfg); err != nil {
 		return p, err
 	}
-	if p.guard, err = newGuard(cfg, log); err != nil {
+	guard, err := guardConfig(cfg, log)
+	if err != nil {
 		return p, err
 	}
+	p.guard = access.New(guard)
 	// On a read-only file system there are no keys to come.
 	if err := os.MkdirAll(filepath.Join(cfg.Trust.LocalDir, "prefix.d"), 0o755); err != nil && !errors.Is(err, syscall.EROFS) {
 		return p, err

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"os/signal"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -25,6 +26,7 @@ import (
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/localca"
+	"github.com/acproxy/acproxy/internal/reread"
 	"github.com/acproxy/acproxy/internal/server"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -49,19 +51,40 @@ listens on 127.0.0.1:8080, as direct URLs, as HTTP proxy and for hosts that reso
 			if os.Getenv("GOGC") == "" {
 				debug.SetGCPercent(gcPercent)
 			}
-			n, err := start(cfg, log.Logger, log.access)
+			// Before anybody can know that it runs, and would be ended by it.
+			again := make(chan os.Signal, 1)
+			signal.Notify(again, syscall.SIGHUP)
+			defer signal.Stop(again)
+			n, err := start(cfg, o.load, log.Logger, log.access)
 			if err != nil {
 				return err
 			}
 			log.Info("serving", "version", buildVersion(), "data_dir", cfg.DataDir, "addresses", n.addresses())
-			var failed error
-			select {
-			case <-cmd.Context().Done():
-				log.Info("stopping")
-			case failed = <-n.failed:
-			}
-			return errors.Join(failed, n.stop())
+			return errors.Join(n.wait(cmd.Context(), again, log.Logger), n.stop())
 		},
+	}
+}
+
+// wait returns when the server is told to stop, or why it stops by itself. It reads everything again when it is told so.
+func (n *running) wait(ctx context.Context, again <-chan os.Signal, log *slog.Logger) error {
+	for {
+		select {
+		case <-ctx.Done():
+			log.Info("stopping")
+			return nil
+		case failed := <-n.failed:
+			return failed
+		case <-again:
+			changes, err := n.reloader.reload()
+			if err != nil {
+				log.Error("nothing was reloaded", "err", err)
+				continue
+			}
+			for _, c := range changes {
+				log.Info("the configuration has changed", "key", c.Key, "before", c.Before, "after", c.After, "restart", c.Restart)
+			}
+			log.Info("reloaded", "changes", len(changes))
+		}
 	}
 }
 
@@ -80,6 +103,9 @@ type running struct {
 	stopWork context.CancelFunc
 	work     sync.WaitGroup
 	forget   func() // ends the telling of changes of the keys
+
+	reloader     *reloader
+	certificates []interface{ Reload() error }
 }
 
 type bound struct {
@@ -87,13 +113,15 @@ type bound struct {
 	net.Listener
 }
 
-// start opens everything and listens. It returns once all listeners accept connections. access gets a line for each request, unless it is nil.
-func start(cfg *config.Config, log *slog.Logger, access func(server.Access)) (*running, error) {
+// start opens everything and listens. It returns once all listeners accept connections. load reads the configuration again. access gets a line for each request,
+// unless it is nil.
+func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Logger, access func(server.Access)) (*running, error) {
 	p, err := newParts(cfg, log, false)
 	if err != nil {
 		return nil, err
 	}
 	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+1)}
+	n.reloader = &reloader{load: load, n: n, cfg: cfg}
 	if err := n.open(cfg, log, access); err != nil {
 		return nil, errors.Join(err, n.stop())
 	}
@@ -132,8 +160,8 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	}
 	var err error
 	n.admin, err = admin.Listen(cfg.Admin.Socket, admin.Options{
-		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() },
-		Publishers: n.parts.web.Hosts, Log: log,
+		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() }, Reload: n.reloader.reload,
+		Publishers: n.parts.web.Hosts, Ready: n.parts.ready, Log: log,
 	})
 	if errors.Is(err, syscall.EROFS) {
 		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
@@ -210,7 +238,7 @@ func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
 
 func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func(server.Access)) server.Config {
 	out := server.Config{
-		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, Guard: n.parts.guard, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
+		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, Guard: n.parts.guard, Ready: n.parts.ready, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
 		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: access, Log: log,
 		Patience: server.Patience{
 			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),
@@ -333,11 +361,17 @@ func (n *running) tlsConfig(l config.Listen) (*tls.Config, error) {
 		out.GetCertificate = n.parts.ca.GetCertificate
 		return out, nil
 	}
-	cert, err := tls.LoadX509KeyPair(l.CertFile, l.KeyFile)
+	cert, err := reread.Open([]string{l.CertFile, l.KeyFile}, func() (*tls.Certificate, error) {
+		cert, err := tls.LoadX509KeyPair(l.CertFile, l.KeyFile)
+		return &cert, err
+	}, func(err error) {
+		n.parts.log.Error("a certificate has changed and can't be read; the one before goes on being used", "cert_file", l.CertFile, "key_file", l.KeyFile, "err", err)
+	})
 	if err != nil {
 		return nil, err
 	}
-	out.Certificates = []tls.Certificate{cert}
+	n.certificates = append(n.certificates, cert)
+	out.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert.Get(), nil }
 	return out, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/bcrypt"
@@ -60,9 +61,7 @@ type Config struct {
 
 // A Guard decides who clients are, and what they may have. It is safe for concurrent use.
 type Guard struct {
-	cfg   Config
-	rules []Rule // the longest prefix first
-	now   func() time.Time
+	cfg atomic.Pointer[Config] // with the rule of the longest prefix first
 
 	// What bcrypt was asked already: it takes a tenth of a second.
 	passwords *memo.Memo[[sha256.Size]byte, time.Time]
@@ -71,20 +70,28 @@ type Guard struct {
 
 // New returns a Guard.
 func New(cfg Config) *Guard {
-	g := &Guard{cfg: cfg, rules: slices.Clone(cfg.Rules), now: cfg.Now, passwords: memo.New[[sha256.Size]byte, time.Time](maxPasswords), hashing: make(chan struct{}, 2)}
-	if g.now == nil {
-		g.now = time.Now
-	}
-	slices.SortStableFunc(g.rules, func(a, b Rule) int { return len(b.Prefix) - len(a.Prefix) })
+	g := &Guard{passwords: memo.New[[sha256.Size]byte, time.Time](maxPasswords), hashing: make(chan struct{}, 2)}
+	g.Change(cfg)
 	return g
+}
+
+// Change has the Guard decide by something else from now on.
+func (g *Guard) Change(cfg Config) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	cfg.Rules = slices.Clone(cfg.Rules)
+	slices.SortStableFunc(cfg.Rules, func(a, b Rule) int { return len(b.Prefix) - len(a.Prefix) })
+	g.cfg.Store(&cfg)
 }
 
 // MayRead reports whether a client may have the images of a name, and know that there are any.
 func (g *Guard) MayRead(who Identity, name string) bool {
-	if len(g.rules) == 0 {
+	rules := g.cfg.Load().Rules
+	if len(rules) == 0 {
 		return true
 	}
-	for _, rule := range g.rules {
+	for _, rule := range rules {
 		if acproxy.HasPrefix(name, rule.Prefix) {
 			return covers(rule.Read, who)
 		}
@@ -165,7 +172,8 @@ func (g *Guard) basic(encoded string) (Identity, error) {
 	case user == Anyone || user == Known || user == "":
 		return Identity{}, errPassword
 	}
-	if g.cfg.Tokens != nil && strings.HasPrefix(password, tokenPrefix) {
+	cfg := g.cfg.Load()
+	if cfg.Tokens != nil && strings.HasPrefix(password, tokenPrefix) {
 		// As Docker, containerd and rkt can be told to: the token in the place of the password.
 		who, err := g.bearer(password)
 		if err == nil && user != who.Name {
@@ -173,32 +181,33 @@ func (g *Guard) basic(encoded string) (Identity, error) {
 		}
 		return who, err
 	}
-	hash := g.cfg.Users.hash(user)
+	hash := cfg.Users.hash(user)
 	if hash == nil {
 		hash = nobody
 	}
 	// Of the hash too: a password that was changed is not remembered.
 	key := sha256.Sum256(fmt.Appendf(nil, "%d:%s%d:%s%s", len(user), user, len(password), password, hash))
-	if until, ok := g.passwords.Get(key); ok && g.now().Before(until) {
+	if until, ok := g.passwords.Get(key); ok && cfg.Now().Before(until) {
 		return Identity{user, Basic}, nil
 	}
 	// A flood of passwords must not take all processors.
 	g.hashing <- struct{}{}
 	err := bcrypt.CompareHashAndPassword(hash, []byte(password))
 	<-g.hashing
-	if err != nil || g.cfg.Users.hash(user) == nil {
+	if err != nil || cfg.Users.hash(user) == nil {
 		return Identity{}, errPassword
 	}
-	g.passwords.Put(key, g.now().Add(passwordFor))
+	g.passwords.Put(key, cfg.Now().Add(passwordFor))
 	return Identity{user, Basic}, nil
 }
 
 func (g *Guard) bearer(token string) (Identity, error) {
-	t, ok := g.cfg.Tokens.find(token)
+	cfg := g.cfg.Load()
+	t, ok := cfg.Tokens.find(token)
 	switch {
 	case !ok:
 		return Identity{}, fmt.Errorf("%w: the token is unknown here, or was revoked", errCredentials)
-	case !t.Expires.IsZero() && !g.now().Before(t.Expires):
+	case !t.Expires.IsZero() && !cfg.Now().Before(t.Expires):
 		return Identity{}, fmt.Errorf("%w: the token %s of %s has expired on %s", errCredentials, t.ID, t.Name, t.Expires.Format(time.DateOnly))
 	}
 	return Identity{t.Name, Bearer}, nil

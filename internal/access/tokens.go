@@ -16,6 +16,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/durable"
+	"github.com/acproxy/acproxy/internal/reread"
 )
 
 // tokenPrefix begins every token, so that people and scanners know one when they see it.
@@ -33,23 +34,32 @@ type Token struct {
 
 // Tokens are the bearer tokens of a file. It is read again when it has changed; one that can't be read then is told to the log, and what it said before
 // goes on counting.
-type Tokens struct{ file file[map[string]Token] }
+type Tokens struct {
+	path string
+	file *reread.Files[map[string]Token]
+}
 
 // OpenTokens reads a file of tokens. One that isn't there has none. A line of it that isn't as it should be is an error with the line's number.
 func OpenTokens(path string, log *slog.Logger) (*Tokens, error) {
-	t := &Tokens{file[map[string]Token]{path: path, parse: parseTokens, now: time.Now, failed: func(err error) {
+	file, err := reread.Open([]string{path}, func() (map[string]Token, error) {
+		content, err := readIfThere(path)
+		if err != nil {
+			return nil, err
+		}
+		return parseTokens(path, content)
+	}, func(err error) {
 		log.Error("the file of tokens has changed and can't be read; the tokens are those that it had before", "err", err)
-	}}}
-	return t, t.file.load(true)
+	})
+	return &Tokens{path, file}, err
 }
 
 // Reload reads the file again, now.
-func (t *Tokens) Reload() error { return t.file.load(true) }
+func (t *Tokens) Reload() error { return t.file.Reload() }
 
 // List returns all tokens, the oldest first.
 func (t *Tokens) List() []Token {
 	var list []Token
-	for _, token := range t.file.get() {
+	for _, token := range t.file.Get() {
 		list = append(list, token)
 	}
 	slices.SortFunc(list, func(a, b Token) int {
@@ -67,7 +77,7 @@ func (t *Tokens) find(token string) (Token, bool) {
 		return Token{}, false
 	}
 	id, _, _ := strings.Cut(strings.TrimPrefix(token, tokenPrefix), "_")
-	known, ok := t.file.get()[id]
+	known, ok := t.file.Get()[id]
 	hash := sha256.Sum256([]byte(token))
 	return known, ok && subtle.ConstantTimeCompare(hash[:], known.hash[:]) == 1
 }
@@ -77,7 +87,7 @@ func (t *Tokens) Add(name string, expires time.Time) (string, Token, error) {
 	if err := CheckName(name); err != nil {
 		return "", Token{}, err
 	}
-	token := Token{ID: strings.ToLower(rand.Text()[:10]), Name: name, Created: t.file.now().UTC().Truncate(time.Second), Expires: expires.UTC().Truncate(time.Second)}
+	token := Token{ID: strings.ToLower(rand.Text()[:10]), Name: name, Created: time.Now().UTC().Truncate(time.Second), Expires: expires.UTC().Truncate(time.Second)}
 	if expires.IsZero() {
 		token.Expires = time.Time{}
 	}
@@ -103,13 +113,13 @@ func (t *Tokens) Revoke(ids ...string) error {
 
 // change writes the file anew, while nobody else does.
 func (t *Tokens) change(change func([]Token) ([]Token, error)) error {
-	path := t.file.path
+	path := t.path
 	lock, err := lockFile(path)
 	if err != nil {
 		return fmt.Errorf("locking %s: %w", path, err)
 	}
 	defer lock.Close()
-	if err := t.file.load(true); err != nil {
+	if err := t.file.Reload(); err != nil {
 		return err
 	}
 	tokens, err := change(t.List())
@@ -128,7 +138,7 @@ func (t *Tokens) change(change func([]Token) ([]Token, error)) error {
 	if err := durable.WriteFile(nil, path, []byte(b.String()), 0o600); err != nil {
 		return err
 	}
-	return t.file.load(true)
+	return t.file.Reload()
 }
 
 // lockFile opens a file, which is made if it isn't there, and keeps others from locking it until it is closed. It is the one that has the name now.

@@ -1,43 +1,52 @@
 package access
 
 import (
-	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strings"
-	"time"
 
 	"golang.org/x/crypto/bcrypt"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/reread"
 )
 
 // Users are the users of a file as Apache's htpasswd -B writes it: a line of user:hash for each, with hashes by bcrypt. It is read again when it has
 // changed; one that can't be read then is told to the log, and what it said before goes on counting.
-type Users struct{ file file[map[string][]byte] }
+type Users struct {
+	file *reread.Files[map[string][]byte]
+}
 
 // OpenUsers reads a file of users. A file that isn't there, or a line of it that isn't as it should be, is an error with the line's number.
 func OpenUsers(path string, log *slog.Logger) (*Users, error) {
 	if _, err := os.Stat(path); err != nil {
 		return nil, err
 	}
-	u := &Users{file[map[string][]byte]{path: path, parse: parseUsers, now: time.Now, failed: func(err error) {
+	file, err := reread.Open([]string{path}, func() (map[string][]byte, error) {
+		content, err := readIfThere(path)
+		if err != nil {
+			return nil, err
+		}
+		return parseUsers(path, content)
+	}, func(err error) {
 		log.Error("the file of users has changed and can't be read; the users are those that it had before", "err", err)
-	}}}
-	return u, u.file.load(true)
+	})
+	return &Users{file}, err
 }
 
 // Reload reads the file again, now.
-func (u *Users) Reload() error { return u.file.load(true) }
+func (u *Users) Reload() error { return u.file.Reload() }
 
 // hash returns the hash of a user's password, nil if there is no such user.
 func (u *Users) hash(user string) []byte {
 	if u == nil {
 		return nil
 	}
-	return u.file.get()[user]
+	return u.file.Get()[user]
 }
 
 func parseUsers(path string, content []byte) (map[string][]byte, error) {
@@ -66,20 +75,25 @@ func parseUsers(path string, content []byte) (map[string][]byte, error) {
 	return users, nil
 }
 
-// readBounded reads a file of at most so many bytes.
-func readBounded(path string, most int64) ([]byte, error) {
+// maxFile bounds a file of users or tokens, in bytes.
+const maxFile = 16 << 20
+
+// readIfThere reads a file. One that isn't there is as good as an empty one.
+func readIfThere(path string) ([]byte, error) {
 	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	var b bytes.Buffer
-	n, err := io.Copy(&b, io.LimitReader(f, most+1))
+	content, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	switch {
 	case err != nil:
 		return nil, err
-	case n > most:
-		return nil, acproxy.Invalid("%s is longer than %d bytes", path, most)
+	case len(content) > maxFile:
+		return nil, acproxy.Invalid("%s is longer than %d bytes", path, maxFile)
 	}
-	return b.Bytes(), nil
+	return content, nil
 }

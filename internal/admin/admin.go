@@ -118,9 +118,13 @@ type Options struct {
 	Metrics http.Handler
 	// ReloadKeys reads the trusted keys again, now.
 	ReloadKeys func()
+	// Reload reads the configuration and all that it names again, and returns what of it has changed.
+	Reload func() ([]Change, error)
 	// Publishers returns how things are with the hosts that were asked lately.
 	Publishers func() []web.HostState
-	Log        *slog.Logger
+	// Ready returns why the server can't do all of its work, nil if it can.
+	Ready func() error
+	Log   *slog.Logger
 }
 
 // Listen answers on a unix socket at path, replacing a socket that a killed server left. Close ends it.
@@ -156,6 +160,14 @@ func (s *Server) Close() error {
 	return err
 }
 
+// A Change is a key of the configuration that has another value since.
+type Change struct {
+	Key     string `json:"key"`
+	Before  string `json:"before"`
+	After   string `json:"after"`
+	Restart bool   `json:"restart"` // it takes effect with the next start only
+}
+
 const api = "/api/v1/"
 
 type page struct {
@@ -187,6 +199,7 @@ func handler(o Options) http.Handler {
 			_ = json.NewEncoder(w).Encode(value)
 		})
 	}
+	handle(http.MethodPost, "reload", func(*http.Request) (any, error) { return o.Reload() })
 	get := func(path string, answer func(r *http.Request) (any, error)) { handle(http.MethodGet, path, answer) }
 	get("images", func(r *http.Request) (any, error) {
 		q := r.URL.Query()
@@ -214,6 +227,7 @@ func handler(o Options) http.Handler {
 	})
 	get("image-ids/{digits}", func(r *http.Request) (any, error) { return store.ByImageID(mux.Vars(r)["digits"]) })
 	get("refusals", func(*http.Request) (any, error) { return store.Refusals() })
+	get("ready", func(*http.Request) (any, error) { return struct{}{}, o.Ready() })
 	get("publishers", func(*http.Request) (any, error) { return o.Publishers(), nil })
 	get("usage", func(*http.Request) (any, error) { return store.Usage() })
 	get("gc", func(r *http.Request) (any, error) {
@@ -317,6 +331,18 @@ func (c *Client) do(ctx context.Context, method, path string, value any) error {
 		return &acproxy.Error{Kind: kind, Code: f.Code, Detail: f.Detail}
 	}
 	return json.NewDecoder(resp.Body).Decode(value)
+}
+
+// Ready returns why the server can't do all of its work, nil if it can.
+func (c *Client) Ready() error {
+	var nothing struct{}
+	return c.get("ready", &nothing)
+}
+
+// Reload has the server read its configuration and all that it names again, and returns what of it has changed. After an error nothing has.
+func (c *Client) Reload() (changes []Change, err error) {
+	err = c.do(context.Background(), http.MethodPost, "reload", &changes)
+	return changes, err
 }
 
 // ReloadKeys has the server read the trusted keys again. When it returns, the server decides by them.

@@ -149,7 +149,7 @@ type Listen struct {
 	// Whether and with which certificates TLS is spoken: none, local-ca (made for each host by the local CA) or files.
 	TLS string `yaml:"tls" oneof:"none local-ca files"`
 
-	// The certificate and the chain above it in PEM, for tls: files.
+	// The certificate and the chain above it in PEM, for tls: files. It is read again when it, or the key, has changed.
 	CertFile string `yaml:"cert_file"`
 
 	// The certificate's private key in PEM, for tls: files.

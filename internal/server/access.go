@@ -24,10 +24,10 @@ func (f Front) auth() access.Method {
 	return f.Auth
 }
 
-// admit refuses clients that don't show who they are where everybody has to. A question for the server's health is answered for all: those who put it can't
+// admit refuses clients that don't show who they are where everybody has to. Questions for the server's health are answered for all: those who put them can't
 // do more.
 func (s *Server) admit(w *recorder, r *http.Request) error {
-	if w.front.auth()&access.Anonymous != 0 || r.URL.Path == Root+"healthz" {
+	if w.front.auth()&access.Anonymous != 0 || r.URL.Path == Root+"healthz" || r.URL.Path == Root+"readyz" {
 		return nil
 	}
 	who, wrong := s.identify(w, r)

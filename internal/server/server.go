@@ -51,6 +51,7 @@ type Config struct {
 	Tunnel      bool                                                        // let other hosts through untouched
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
 
+	Ready    func() error     // returns why not all of the work can be done; nil means that it always can
 	Patience Patience         // with clients
 	Limits   Limits           // of clients
 	Access   func(Access)     // is told of each request when it was answered; nil means nobody is told
@@ -139,6 +140,7 @@ func (s *Server) routes() *mux.Router {
 	handle(router.MatcherFunc(under(keysPath)), get(s.key))
 	handle(router.Path(Root+"ca.pem"), get(s.caCertificate))
 	handle(router.Path(Root+"healthz"), get(s.health))
+	handle(router.Path(Root+"readyz"), get(s.ready))
 	handle(router.MatcherFunc(under(Root)), get(s.unknown))
 	handle(router.MatcherFunc(isImagePath), get(s.publisherURL))
 	handle(router.Path("/"), get(s.landing))
@@ -214,6 +216,17 @@ func (s *Server) health(w http.ResponseWriter, _ *http.Request) error {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	_, err := w.Write([]byte("ok\n"))
 	return gone(err)
+}
+
+// ready answers whether nodes should be sent here: what is held is served, and what isn't can be kept. Publishers that are down don't count: nodes are no
+// better off elsewhere.
+func (s *Server) ready(w http.ResponseWriter, r *http.Request) error {
+	if s.cfg.Ready != nil {
+		if err := s.cfg.Ready(); err != nil {
+			return &statusError{http.StatusServiceUnavailable, &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: "not-ready", Detail: err.Error()}}
+		}
+	}
+	return s.health(w, r)
 }
 
 func (s *Server) caCertificate(w http.ResponseWriter, _ *http.Request) error {

@@ -100,6 +100,17 @@ func (r *run) wantReadOnly(p *process, missing ref) {
 	if code, _ := a.problem(); a.status != http.StatusInsufficientStorage || code != "store-read-only" {
 		r.t.Errorf("on a read-only file system: %v, want a problem with status 507 and the code store-read-only\n%s", a, p.output())
 	}
+	for path, want := range map[string]int{"/.acproxy/healthz": http.StatusOK, "/.acproxy/readyz": http.StatusServiceUnavailable} {
+		resp, err := r.w.client.Get(p.url() + path)
+		if err != nil {
+			r.t.Error(err)
+			continue
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != want {
+			r.t.Errorf("on a read-only file system %s is answered with %d, want %d", path, resp.StatusCode, want)
+		}
+	}
 }
 
 // TestBecomesReadOnly makes every change of a file fail as it does when a file system has become read-only under a server.

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/spf13/cobra"
+
+	"github.com/acproxy/acproxy/internal/admin"
+	"github.com/acproxy/acproxy/internal/config"
+)
+
+func newReload(o *options) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "reload",
+		Short: "Have the running server read configuration, keys, users, tokens and certificates again",
+		Long: `reload has the running server read its configuration again, as SIGHUP does, with all that it names: trusted keys, users, tokens, certificates. If something
+of it is wrong, nothing changes, and it says what. What has changed is printed; access.rules and access.users_file take effect at once, of other keys it says that they need a restart.
+Requests and downloads in progress notice nothing.`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := o.load()
+			if err != nil {
+				return err
+			}
+			client, err := admin.Dial(cfg.Admin.Socket)
+			if err != nil {
+				return err
+			}
+			changes, err := client.Reload()
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), changes)
+			}
+			p := newPrinter(cmd.OutOrStdout())
+			for _, c := range changes {
+				p.printf("%s\n", changeText(c))
+			}
+			p.printf("reloaded, %s of the configuration\n", count(len(changes), "change"))
+			return p.err
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
+}
+
+// changeText is a change on one line.
+func changeText(c admin.Change) string {
+	text := fmt.Sprintf("%s: %s → %s", c.Key, c.Before, c.After)
+	if c.Restart {
+		text += " (needs a restart)"
+	}
+	return text
+}
+
+// reloader reads everything again that a running server can. It is safe for concurrent use.
+type reloader struct {
+	load func() (*config.Config, error)
+	n    *running
+
+	mu  sync.Mutex
+	cfg *config.Config // as it was when the server started, but for what was reloaded since
+}
+
+// reloadable are the keys of the configuration that take effect without a restart.
+var reloadable = []string{"access.rules", "access.users_file"}
+
+// reload reads everything again: all of it takes effect, or nothing does.
+func (r *reloader) reload() ([]admin.Change, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	cfg, err := r.load()
+	if err != nil {
+		return nil, err
+	}
+	changes := differences(r.cfg, cfg)
+	for i := range changes {
+		changes[i].Restart = !slices.ContainsFunc(reloadable, func(key string) bool { return changes[i].Key == key })
+	}
+	next := *r.cfg
+	next.Access.Rules, next.Access.UsersFile = cfg.Access.Rules, cfg.Access.UsersFile
+	// First all that can fail.
+	guard, err := guardConfig(&next, r.n.parts.log)
+	if err != nil {
+		return nil, err
+	}
+	for _, cert := range r.n.certificates {
+		err = errors.Join(err, cert.Reload())
+	}
+	if err != nil {
+		return nil, err
+	}
+	r.n.parts.guard.Change(guard)
+	r.n.parts.keys.Reload()
+	r.cfg = &next
+	return changes, nil
+}
+
+// differences returns the keys that two configurations differ in.
+func differences(before, after *config.Config) []admin.Change {
+	changes := []admin.Change{}
+	var walk func(path string, a, b reflect.Value)
+	walk = func(path string, a, b reflect.Value) {
+		if a.Kind() == reflect.Struct && a.Type().PkgPath() == reflect.TypeFor[config.Config]().PkgPath() {
+			for i := range a.NumField() {
+				key := a.Type().Field(i).Tag.Get("yaml")
+				walk(strings.TrimPrefix(path+"."+key, "."), a.Field(i), b.Field(i))
+			}
+			return
+		}
+		if !reflect.DeepEqual(a.Interface(), b.Interface()) {
+			changes = append(changes, admin.Change{Key: path, Before: valueText(a), After: valueText(b)})
+		}
+	}
+	walk("", reflect.ValueOf(*before), reflect.ValueOf(*after))
+	return changes
+}
+
+// valueText prints a value of the configuration. None of them is a secret.
+func valueText(v reflect.Value) string {
+	switch v.Kind() {
+	case reflect.Slice, reflect.Map, reflect.String:
+		if v.Len() == 0 && v.Kind() != reflect.String {
+			return "[]"
+		}
+		// All of them can be said in JSON.
+		text, _ := json.Marshal(v.Interface())
+		return string(text)
+	}
+	return fmt.Sprint(v.Interface())
+}

@@ -1,0 +1,101 @@
+package e2e
+
+import (
+	"crypto/x509"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/acproxy/acproxy/test/node"
+)
+
+// TestReload changes who may have what while a server runs, by its command and by a signal. What is wrong changes nothing.
+func TestReload(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "")
+	im := s.publish(app("app"))
+	s.hold(im)
+	reload := func(want int, texts ...string) {
+		t.Helper()
+		code, out := s.cli("reload")
+		if code != want {
+			t.Errorf("acproxy reload exits with %d, want %d: %s", code, want, out)
+		}
+		for _, text := range texts {
+			if !strings.Contains(out, text) {
+				t.Errorf("acproxy reload says %q, want %q in it", out, text)
+			}
+		}
+	}
+	reload(0, "reloaded, 0 changes")
+	s.configure("access: {rules: [{prefix: example.org, read: [anyone]}]}\nstop_grace: 17s")
+	reload(0, "access.rules: [] → [", "stop_grace: ", "17s (needs a restart)", "reloaded, 2 changes")
+	wantProblem(t, s.get(s.direct(im, "aci")), http.StatusUnauthorized, "credentials-needed")
+
+	// Something wrong: nothing changes, whether in the file itself or in one that it names.
+	s.configure("access: {rules: [{prefix: \"\", read: [anyone]}], users_file: $DIR/users}")
+	s.write("users", []byte("alice:plain"))
+	reload(1, "users:1")
+	wantStatus(t, s.get(s.direct(im, "aci")), http.StatusUnauthorized)
+
+	s.configure("access: {rules: [{prefix: example.com, read: [anyone]}]}")
+	if err := s.server().cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the rules are others after SIGHUP", func() bool { return s.get(s.direct(im, "aci")).Status == http.StatusOK })
+	eventually(t, "the log says so", func() bool { return strings.Contains(s.server().output(), `"msg":"reloaded"`) })
+	s.configure("access: {rules: [{prefix: Example.com, read: [anyone]}]}")
+	if err := s.server().cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the log says that nothing was reloaded", func() bool { return strings.Contains(s.server().output(), `"msg":"nothing was reloaded"`) })
+	wantImage(t, s.get(s.direct(im, "aci")), im)
+}
+
+// TestRenewedCertificate puts another certificate into the place of the one that is served with.
+func TestRenewedCertificate(t *testing.T) {
+	t.Parallel()
+	s := stage(t, "listen: [{address: '127.0.0.1:0', tls: files, cert_file: $DIR/cert.pem, key_file: $DIR/key.pem}]")
+	renew := func() *node.Node {
+		t.Helper()
+		cert, key := selfSigned(t, imageHost)
+		// One after the other, as it happens: in between the two don't go together.
+		for name, content := range map[string][]byte{"cert.pem": cert, "key.pem": key} {
+			s.write(name+".new", content)
+			if err := os.Rename(s.path(name+".new"), s.path(name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pool := x509.NewCertPool()
+		pool.AppendCertsFromPEM(cert)
+		n := s.newNode(node.Options{CAs: pool})
+		t.Cleanup(n.Close)
+		return n
+	}
+	before := renew()
+	s.start()
+	im := s.publish(app("app"))
+	s.fetchAsRkt(before, im)
+	after := renew()
+	eventually(t, "the new certificate is served with", func() bool {
+		a := after.Get(s.context(), "https://"+imageHost+"/app?ac-discovery=1", nil, nil)
+		return a.Err == nil && a.Status == http.StatusOK
+	})
+	s.fetchAsRkt(after, im)
+}
+
+// TestHealthcheck asks for the health of a server that runs, and of one that doesn't.
+func TestHealthcheck(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "")
+	wantStatus(t, s.get(s.plain()+"/.acproxy/readyz"), http.StatusOK)
+	if code, out := s.cli("healthcheck"); code != 0 || out != "ready\n" {
+		t.Errorf("healthcheck: %d, %s", code, out)
+	}
+	s.server().end(syscall.SIGTERM)
+	if code, out := s.cli("healthcheck"); code != 1 || !strings.Contains(out, "no server answers") {
+		t.Errorf("healthcheck without a server: %d, %s", code, out)
+	}
+}
