@@ -98,6 +98,10 @@ func TestTableOfRefsIsNotBelieved(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// One that is closed before it knows everything writes no table.
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	closeStore(t, d)
 	table := read(t, filepath.Join(dir, "refs"))
 	d = open(t, dir, cache.Options{})
