@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -28,7 +29,11 @@ func newDiscover(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			client, err := newWeb(cfg, "")
+			shown, err := newCredentials(cfg, slog.Default())
+			if err != nil {
+				return err
+			}
+			client, err := newWeb(cfg, "", shown)
 			if err != nil {
 				return err
 			}

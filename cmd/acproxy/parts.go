@@ -26,19 +26,20 @@ import (
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/audit"
 	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/credentials"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/metrics"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
 
-// newWeb returns the connections to publishers. via marks requests as this server's.
-func newWeb(cfg *config.Config, via string) (*web.Client, error) {
+// newWeb returns the connections to publishers, who are shown what they want to see. via marks requests as this server's.
+func newWeb(cfg *config.Config, via string, shown *credentials.Set) (*web.Client, error) {
 	d := cfg.Dial
 	out := web.Config{
 		Hosts: d.Hosts, Allow: d.Allow, UserAgent: d.UserAgent, Via: via, Offline: cfg.Offline,
 		ConnectTimeout: time.Duration(d.ConnectTimeout), Timeout: time.Duration(d.Timeout), StallTimeout: time.Duration(d.StallTimeout),
-		MaxRedirects: orNone[int](d.MaxRedirects),
+		MaxRedirects: orNone[int](d.MaxRedirects), Authorize: shown.Authorize,
 		Limits: web.Limits{
 			MaxConnections: orNone[int](d.MaxConnections), Rate: orNone[int](d.Rate), Burst: d.Burst, MaxRetryAfter: orNone[time.Duration](d.MaxRetryAfter),
 			Failures: orNone[int](d.Breaker.Failures), Open: time.Duration(d.Breaker.Open), MaxOpen: time.Duration(d.Breaker.MaxOpen),
@@ -70,6 +71,33 @@ func newWeb(cfg *config.Config, via string) (*web.Client, error) {
 		out.Rules = append(out.Rules, rule)
 	}
 	return web.New(out), nil
+}
+
+// newCredentials returns what publishers want to see.
+func newCredentials(cfg *config.Config, log *slog.Logger) (*credentials.Set, error) {
+	var all []credentials.Credential
+	for i, h := range cfg.Credentials.Hosts {
+		c := credentials.Credential{Host: credentials.NormalHost(h.Host), Prefix: h.Prefix, Type: h.Type, User: h.User, Region: h.Region, Service: h.Service}
+		var err error
+		if h.SecretFile != "" {
+			c.Secret, err = credentials.FromFile(h.SecretFile)
+		} else {
+			c.Secret, err = credentials.FromEnvironment(h.SecretEnv)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("credentials.hosts[%d], for %s: %w", i, h.Host, err)
+		}
+		all = append(all, c)
+	}
+	var dirs []*credentials.Dir
+	for _, path := range cfg.Credentials.RktDirs {
+		dir, err := credentials.OpenDir(path, log)
+		if err != nil {
+			return nil, fmt.Errorf("credentials.rkt_dirs: %w", err)
+		}
+		dirs = append(dirs, dir)
+	}
+	return credentials.New(all, dirs), nil
 }
 
 // resolver asks one DNS server instead of the system's.
@@ -216,9 +244,11 @@ type parts struct {
 	fetcher *fetch.Fetcher
 	ca      *localca.CA // nil if there is none
 	guard   *access.Guard
-	audit   *audit.File
-	metrics *metrics.Metrics
-	lost    chan struct{} // says that an image was found to be lost since somebody last looked
+
+	credentials *credentials.Set
+	audit       *audit.File
+	metrics     *metrics.Metrics
+	lost        chan struct{} // says that an image was found to be lost since somebody last looked
 }
 
 // judged is the store with the state that the keys give its images now.
@@ -305,7 +335,10 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 	if p.audit, err = audit.Open(cfg.Audit.File, audit.Options{MaxSize: int64(cfg.Audit.MaxSize), MaxFiles: cfg.Audit.MaxFiles}); err != nil {
 		return p, err
 	}
-	if p.web, err = newWeb(cfg, p.via); err != nil {
+	if p.credentials, err = newCredentials(cfg, log); err != nil {
+		return p, err
+	}
+	if p.web, err = newWeb(cfg, p.via, p.credentials); err != nil {
 		return p, err
 	}
 	p.metrics.Publishers(p.web.Hosts)

@@ -92,6 +92,7 @@ func (r *reloader) reload() ([]admin.Change, error) {
 	if err != nil {
 		return nil, err
 	}
+	err = r.n.parts.credentials.Reload()
 	for _, cert := range r.n.certificates {
 		err = errors.Join(err, cert.Reload())
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"os"
 	"slices"
@@ -97,7 +98,11 @@ func newKeyGetter(cfg *config.Config) (*keyGetter, error) {
 	for i := range secure.Publishers {
 		secure.Publishers[i].HTTP = false
 	}
-	client, err := newWeb(&secure, "")
+	shown, err := newCredentials(&secure, slog.Default())
+	if err != nil {
+		return nil, err
+	}
+	client, err := newWeb(&secure, "", shown)
 	if err != nil {
 		return nil, err
 	}

@@ -37,6 +37,7 @@ func (c *Config) check(r *report) {
 	c.checkFreshness(r)
 	c.checkCache(r)
 	c.checkAccess(r)
+	c.checkCredentials(r)
 	c.checkPublishers(r)
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)
@@ -162,6 +163,47 @@ func (c *Config) checkAccess(r *report) {
 			if name == "" || strings.ContainsAny(name, " :") {
 				r.value(index(path+".read", j), "%q is no name: write that of a user, of a client with a token or of a certificate, known, or anyone", clip(name))
 			}
+		}
+	}
+}
+
+// checkCredentials checks what publishers want to see.
+func (c *Config) checkCredentials(r *report) {
+	type subject struct{ host, prefix string }
+	seen := make(map[subject]int)
+	for i, h := range c.Credentials.Hosts {
+		path := index("credentials.hosts", i)
+		if r.broken(path) {
+			continue
+		}
+		if problem := checkHostPort(h.Host); problem != "" {
+			r.value(path+".host", "%s", problem)
+		}
+		prefix := strings.TrimSuffix(h.Prefix, "/")
+		if prefix != "" {
+			if err := acproxy.CheckName(prefix); err != nil {
+				r.value(path+".prefix", "%v", err)
+			}
+		}
+		about := subject{strings.TrimSuffix(strings.ToLower(h.Host), ":443"), prefix}
+		if earlier, twice := seen[about]; twice {
+			r.value(path+".host", "credentials.hosts[%d] is about this host and prefix already: remove one", earlier)
+		}
+		seen[about] = i
+		switch {
+		case h.SecretFile == "" && h.SecretEnv == "":
+			r.value(path+".host", "there is no secret: name a file as secret_file, or a variable of the environment as secret_env")
+		case h.SecretFile != "" && h.SecretEnv != "":
+			r.key(path+".secret_env", "there is a secret_file as well: remove one of them")
+		}
+		switch {
+		case h.Type == CredentialsBearer && h.User != "":
+			r.key(path+".user", "a token has no user: remove it, or write type: basic")
+		case h.Type != CredentialsBearer && h.User == "":
+			r.value(path+".host", "type: %s needs a user: write it, for aws the ID of the access key", h.Type)
+		}
+		if h.Type != CredentialsAWS && (h.Region != "" || h.Service != "") {
+			r.value(path+".type", "region and service are for type: aws: remove them, or write that")
 		}
 	}
 }
@@ -667,6 +709,12 @@ func (c *Config) paths() []pathValue {
 	}
 	for i := range c.Listen {
 		all = append(all, pathValue{index("listen", i) + ".client_ca_file", &c.Listen[i].ClientCAFile})
+	}
+	for i := range c.Credentials.RktDirs {
+		all = append(all, pathValue{index("credentials.rkt_dirs", i), &c.Credentials.RktDirs[i]})
+	}
+	for i := range c.Credentials.Hosts {
+		all = append(all, pathValue{index("credentials.hosts", i) + ".secret_file", &c.Credentials.Hosts[i].SecretFile})
 	}
 	for i := range c.Publishers {
 		all = append(all, pathValue{index("publishers", i) + ".ca_file", &c.Publishers[i].CAFile})

@@ -17,6 +17,13 @@ const (
 	TLSFiles   = "files"
 )
 
+// Values of [HostCredentials.Type].
+const (
+	CredentialsBasic  = "basic"
+	CredentialsBearer = "bearer"
+	CredentialsAWS    = "aws"
+)
+
 // Values of [Listen.Auth].
 const (
 	AuthAnonymous   = "anonymous"
@@ -107,6 +114,9 @@ type Config struct {
 
 	// How publishers are reached.
 	Dial Dial `yaml:"dial"`
+
+	// What publishers want to see before they give something away. It is shown to the very host that it is for, over https, and to nobody else.
+	Credentials Credentials `yaml:"credentials"`
 
 	// Answers of publishers about where their images are (appc meta-discovery).
 	Discovery Discovery `yaml:"discovery"`
@@ -299,6 +309,43 @@ type Breaker struct {
 
 	// How long that gets at most.
 	MaxOpen Duration `yaml:"max_open"`
+}
+
+// Credentials are what publishers want to see.
+type Credentials struct {
+	// Directories of credentials as rkt has them (files of rktKind: auth with types basic, oauth and aws), such as /etc/rkt/auth.d; later ones go before
+	// earlier ones. They are read again when files come, go or are replaced.
+	RktDirs []string `yaml:"rkt_dirs"`
+
+	// Credentials for single hosts. They go before those in the directories.
+	Hosts []HostCredentials `yaml:"hosts"`
+}
+
+// HostCredentials are what one host wants to see.
+type HostCredentials struct {
+	// The host, with its port unless that is 443.
+	Host string `yaml:"host" required:"storage.example.com"`
+
+	// The image names that they are used for, by whole segments, as in allow; the longest prefix that covers a name counts. "" is every name.
+	Prefix string `yaml:"prefix"`
+
+	// basic is user and password, bearer a token, aws an access key that each request is signed with (AWS Signature Version 4).
+	Type string `yaml:"type" oneof:"basic bearer aws"`
+
+	// The user, or the ID of the access key.
+	User string `yaml:"user"`
+
+	// File whose only line is the password, the token or the secret access key. It is read again when it has changed.
+	SecretFile string `yaml:"secret_file"`
+
+	// Variable of the environment that has it, in place of a file.
+	SecretEnv string `yaml:"secret_env"`
+
+	// Region that requests are signed for. Empty: what the host's name says, else us-east-1.
+	Region string `yaml:"region"`
+
+	// Service that requests are signed for. Empty: s3.
+	Service string `yaml:"service"`
 }
 
 // Discovery is how long answers to meta-discovery are kept.

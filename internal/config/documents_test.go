@@ -7,6 +7,7 @@ import (
 	"go/token"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -85,6 +86,14 @@ func sampleRules() []AccessRule {
 	return []AccessRule{{Prefix: "", Read: []string{"anyone"}}, {Prefix: "example.com/secret", Read: []string{"alice", "node1.example.net"}}}
 }
 
+// sampleCredentials show the keys of credentials, which have no default.
+func sampleCredentials() []HostCredentials {
+	return []HostCredentials{
+		{Host: "storage.example.com", Prefix: "example.com/secret", Type: CredentialsBasic, User: "acproxy", SecretFile: "storage-password"},
+		{Host: "images.s3.eu-central-1.amazonaws.com", Type: CredentialsAWS, User: "AKIAEXAMPLE", SecretEnv: "IMAGES_SECRET_KEY", Region: "eu-central-1", Service: "s3"},
+	}
+}
+
 // Both documents are what the comments and defaults of this package say. With -update they are written.
 func TestDocuments(t *testing.T) {
 	words := fieldComments(t)
@@ -127,16 +136,20 @@ func TestExample(t *testing.T) {
 		t.Fatal("the example does not end in publishers: []")
 	}
 	var b strings.Builder
-	head, rest, found := strings.Cut(head, "  rules: []\n")
-	rules, rest, ended := strings.Cut(rest, "\n\n")
-	if !found || !ended {
-		t.Fatal("the example has no rules: []")
+	for _, list := range []string{"  rules:", "  hosts:"} {
+		before, rest, found := strings.Cut(head, list+" []\n  #     -")
+		samples, rest, ended := strings.Cut("  #     -"+rest, "\n\n")
+		if !found || !ended {
+			t.Fatalf("the example has no %s []", list)
+		}
+		b.WriteString(before + list + "\n")
+		for line := range strings.Lines(samples) {
+			b.WriteString(strings.TrimPrefix(line, "  # "))
+		}
+		b.WriteString("\n\n")
+		head = rest
 	}
-	b.WriteString(head + "  rules:\n")
-	for line := range strings.Lines(rules) {
-		b.WriteString(strings.TrimPrefix(line, "  # "))
-	}
-	b.WriteString("\n\n" + rest + "publishers:\n")
+	b.WriteString(head + "publishers:\n")
 	for line := range strings.Lines(commented) {
 		b.WriteString(strings.TrimPrefix(strings.TrimPrefix(line, "#"), " "))
 	}
@@ -147,6 +160,15 @@ func TestExample(t *testing.T) {
 	}
 	if want := samplePublishers(); !reflect.DeepEqual(c.Publishers, want) {
 		t.Errorf("the publishers of the example are\n%+v, want\n%+v", c.Publishers, want)
+	}
+	for i := range c.Credentials.Hosts {
+		c.Credentials.Hosts[i].SecretFile = filepath.Base(c.Credentials.Hosts[i].SecretFile)
+		if c.Credentials.Hosts[i].SecretFile == "." {
+			c.Credentials.Hosts[i].SecretFile = ""
+		}
+	}
+	if want := sampleCredentials(); !reflect.DeepEqual(c.Credentials.Hosts, want) {
+		t.Errorf("the credentials of the example are\n%+v, want\n%+v", c.Credentials.Hosts, want)
 	}
 	if want := sampleRules(); !reflect.DeepEqual(c.Access.Rules, want) {
 		t.Errorf("the rules of the example are\n%+v, want\n%+v", c.Access.Rules, want)
@@ -262,13 +284,15 @@ func writeSection(t *testing.T, b *strings.Builder, words map[string]string, v r
 				b.WriteString(indent + "  - " + strings.TrimPrefix(one.String(), indent+"    "))
 			}
 		default:
-			sampled := field.Type == reflect.TypeFor[[]AccessRule]()
+			samples, sampled := map[reflect.Type]any{
+				reflect.TypeFor[[]AccessRule](): sampleRules(), reflect.TypeFor[[]HostCredentials](): sampleCredentials(),
+			}[field.Type]
 			if field.Type == reflect.TypeFor[[]Publisher]() || sampled {
 				fmt.Fprintf(b, "%s# To use the examples below, remove the [] and the # at the beginning of each line.\n", indent)
 			}
 			fmt.Fprintf(b, "%s%s: %s\n", indent, key(field), written(value))
 			if sampled {
-				writeSamples(t, b, words, reflect.ValueOf(sampleRules()), indent)
+				writeSamples(t, b, words, reflect.ValueOf(samples), indent)
 			}
 		}
 	}
@@ -351,7 +375,7 @@ func written(v reflect.Value) string {
 			texts[i] = x[i].String()
 		}
 		return "[" + strings.Join(texts, ", ") + "]"
-	case []Publisher, []AccessRule:
+	case []Publisher, []AccessRule, []HostCredentials:
 		return "[]"
 	}
 	return fmt.Sprint(v.Interface())

@@ -72,6 +72,10 @@ type Config struct {
 
 	Limits Limits // how each host is spared
 
+	// Authorize gives a request on behalf of an image name what its host wants to see, each time that a host is asked, after redirects too, and returns what that
+	// was, for the trace, without anything that is secret. nil means that nothing is shown to anybody.
+	Authorize func(name string, r *http.Request) (what string, err error)
+
 	// Offline makes every request fail with acproxy.ErrOffline before any look-up or connection.
 	Offline bool
 	// DialContext connects to an address that was looked up and checked before; nil means net.Dialer's.
@@ -247,7 +251,7 @@ func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status in
 
 func (c *Client) do(ctx context.Context, method, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	a := &asking{route: c.route(name), method: method, what: what, header: c.header(header), ctx: ctx, cancel: cancel}
+	a := &asking{route: c.route(name), name: name, method: method, what: what, header: c.header(header), ctx: ctx, cancel: cancel}
 	resp, err := a.ask(rawURL)
 	if err != nil {
 		cancel(nil)
@@ -273,6 +277,7 @@ func (c *Client) header(given http.Header) http.Header {
 // asking is one Get or Head in progress.
 type asking struct {
 	route  *route
+	name   string // of the image
 	method string
 	what   string
 	header http.Header
@@ -322,10 +327,7 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 			return nil, a.fail(acproxy.ErrPublisher, "bad-redirect", fmt.Sprintf("%s: %s", last.URL, last.Err), nil)
 		}
 		next.Fragment, next.RawFragment = "", ""
-		if last.Note != "" {
-			last.Note += "; "
-		}
-		last.Note += "redirects to " + Redacted(next.String())
+		note(last, "redirects to "+Redacted(next.String()))
 		if redirects >= cfg.MaxRedirects {
 			last.Err = fmt.Sprintf("more than %d redirects", max(cfg.MaxRedirects, 0))
 			return nil, a.fail(acproxy.ErrPublisher, "too-many-redirects", fmt.Sprintf("%s leads to %s", a.trace[0].URL, last.Err), nil)
@@ -408,17 +410,25 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 		last.Took = time.Since(began)
 		return nil, nil, a.explain(err, doing)
 	}
+	req := (&http.Request{Method: a.method, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
+		WithContext(withProxy(a.ctx, proxy))
+	shown := ""
+	if authorize := a.route.client.cfg.Authorize; authorize != nil {
+		if shown, err = authorize(a.name, req); err != nil {
+			last.Took = time.Since(began)
+			return nil, nil, a.explain(err, doing)
+		}
+	}
 	t, err := a.wait(u)
 	if err != nil {
 		last.Took = time.Since(began)
 		return nil, nil, a.notAsked(err, doing)
 	}
+	last.Note = shown
 	if waited := time.Since(began); waited >= worthNoting {
-		last.Note = fmt.Sprintf("waited %v for its turn", waited.Round(time.Millisecond))
+		note(last, fmt.Sprintf("waited %v for its turn", waited.Round(time.Millisecond)))
 		began = time.Now()
 	}
-	req := (&http.Request{Method: a.method, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
-		WithContext(withProxy(a.ctx, proxy))
 	resp, err := a.route.roundTrip(req)
 	// What a server says because we hung up is no answer, though it may still reach us: climbing on such a 404 would be wrong.
 	if err == nil && a.ctx.Err() != nil {
@@ -434,6 +444,14 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 	last.Status = resp.StatusCode
 	t.answered(resp)
 	return resp, t, nil
+}
+
+// note adds something to what there is to say of an attempt.
+func note(a *acproxy.Attempt, text string) {
+	if a.Note != "" {
+		a.Note += "; "
+	}
+	a.Note += text
 }
 
 // worthNoting is how long somebody has to wait for his turn for the trace to tell of it.
