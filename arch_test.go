@@ -46,7 +46,7 @@ var layers = map[string][]string{
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
 	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo"},
 	"internal/admin":       {".", "cache", "internal/web"},
-	"internal/metrics":     {".", "cache", "trust", "fetch", "internal/web"},
+	"internal/metrics":     {"internal/server", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {

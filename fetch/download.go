@@ -219,6 +219,11 @@ func (d *download) run(body io.ReadCloser) {
 	rec, err := d.verdict(body, inspection)
 	if err != nil {
 		err = d.pieces(d.reason(err, inspection))
+	}
+	if landed := d.f.cfg.Landed; landed != nil {
+		landed(d.f.now().Sub(started), err)
+	}
+	if err != nil {
 		d.fail(err)
 		<-inspection.done
 		return

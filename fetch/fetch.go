@@ -67,6 +67,9 @@ type Config struct {
 	// Decided is told every decision about an image, in the order in which they are made, by any goroutine. It must not block for long. nil means
 	// nobody is told.
 	Decided func(Decision)
+	// Landed is told of every fetch of an image that has ended, kept or not, and how long it took from the publisher's answer on. It must not block for long. nil
+	// means nobody is told.
+	Landed func(took time.Duration, err error)
 
 	Log *slog.Logger     // nil means slog.Default
 	Now func() time.Time // nil means time.Now

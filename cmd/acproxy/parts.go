@@ -341,7 +341,7 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 	if p.web, err = newWeb(cfg, p.via, p.credentials); err != nil {
 		return p, err
 	}
-	p.metrics.Publishers(p.web.Hosts)
+	p.metrics.Publishers(p.web.Hosts, p.web.Traffic)
 	p.store, err = cache.Open(storeDir(cfg), cache.Options{
 		FlushEvery: time.Duration(cfg.Cache.AccessFlush), KeepPartials: orNone[time.Duration](cfg.Cache.KeepPartials), Log: log,
 		Quota: quota(cfg), Idle: idle, Evicted: p.evicted, Lost: p.lostImage, Inspect: inspector(cfg),
@@ -360,7 +360,7 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 		Jitter:  float64(cfg.Freshness.Jitter) / 100,
 		Retries: orNone[int64](cfg.Fetch.Retries), RetryFor: time.Duration(cfg.Fetch.RetryFor), RetryWait: time.Duration(cfg.Fetch.RetryWait),
 		MaxFlights: int64(cfg.Fetch.MaxFlights), MaxQueue: orNone[int64](cfg.Fetch.MaxQueue), QueueWait: time.Duration(cfg.Fetch.QueueWait),
-		Limits: limits(cfg), Decided: p.decided, Log: log,
+		Limits: limits(cfg), Decided: p.decided, Landed: p.metrics.Landed, Log: log,
 	})
 	return p, nil
 }

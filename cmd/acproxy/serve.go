@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -120,7 +121,7 @@ func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Lo
 	if err != nil {
 		return nil, err
 	}
-	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+1)}
+	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+2)}
 	n.reloader = &reloader{load: load, n: n, cfg: cfg}
 	if err := n.open(cfg, log, access); err != nil {
 		return nil, errors.Join(err, n.stop())
@@ -163,6 +164,9 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() }, Reload: n.reloader.reload,
 		Publishers: n.parts.web.Hosts, Ready: n.parts.ready, Log: log,
 	})
+	if address := cfg.Admin.Metrics; address != "" && err == nil {
+		err = n.listenForMetrics(ctx, address)
+	}
 	if errors.Is(err, syscall.EROFS) {
 		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
 		return nil
@@ -239,7 +243,7 @@ func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
 func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func(server.Access)) server.Config {
 	out := server.Config{
 		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, Guard: n.parts.guard, Ready: n.parts.ready, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
-		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: access, Log: log,
+		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: n.answered(access), Log: log,
 		Patience: server.Patience{
 			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),
 		},
@@ -259,6 +263,17 @@ func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func
 	return out
 }
 
+// answered returns what is told of each request: the metrics, and access unless it is nil.
+func (n *running) answered(access func(server.Access)) func(server.Access) {
+	if access == nil {
+		return n.parts.metrics.Answered
+	}
+	return func(a server.Access) {
+		n.parts.metrics.Answered(a)
+		access(a)
+	}
+}
+
 // imageHosts returns whether a host is one that the proxy front door answers for: as configured, else what the local CA was made for.
 func imageHosts(hosts []string, ca *localca.CA) func(string) bool {
 	return func(host string) bool {
@@ -272,6 +287,34 @@ func imageHosts(hosts []string, ca *localca.CA) func(string) bool {
 			return host == pattern
 		})
 	}
+}
+
+// listenForMetrics answers Prometheus, and probes.
+func (n *running) listenForMetrics(ctx context.Context, address string) error {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+	if err != nil {
+		return fmt.Errorf("listening for metrics: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", n.parts.metrics.Handler())
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := n.parts.ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = io.WriteString(w, "ok\n")
+	})
+	hs := &http.Server{Handler: mux, ReadHeaderTimeout: time.Duration(n.parts.cfg.Clients.HeaderTimeout), IdleTimeout: time.Duration(n.parts.cfg.Clients.IdleTimeout)}
+	n.fronts = append(n.fronts, hs)
+	n.parts.log.Info("serving metrics", "address", listener.Addr().String())
+	// Ends when stop shuts the server down.
+	go func() {
+		if err := hs.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			n.failed <- fmt.Errorf("serving metrics at %s: %w", address, err)
+		}
+	}()
+	return nil
 }
 
 // front is what serves a listener.

@@ -38,6 +38,11 @@ func (c *Config) check(r *report) {
 	c.checkCache(r)
 	c.checkAccess(r)
 	c.checkCredentials(r)
+	if c.Admin.Metrics != "" && !r.broken("admin.metrics") {
+		if problem := checkListenAddress(c.Admin.Metrics); problem != "" {
+			r.value("admin.metrics", "%s", problem)
+		}
+	}
 	c.checkPublishers(r)
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)

@@ -205,6 +205,10 @@ type AccessRule struct {
 type Admin struct {
 	// Path of the unix socket, at most 107 bytes. Empty: admin.sock in data_dir.
 	Socket string `yaml:"socket"`
+
+	// Address at which Prometheus gets the metrics (/metrics), and probes /healthz and /readyz, such as 127.0.0.1:9404. Nothing else is there, and nobody is asked
+	// who he is. Empty: on the socket alone.
+	Metrics string `yaml:"metrics"`
 }
 
 // CA is where the local certificate authority is.

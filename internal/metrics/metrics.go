@@ -21,6 +21,8 @@ type Metrics struct {
 	distrusted  prometheus.Gauge
 	evictions   *prometheus.CounterVec
 	evicted     *prometheus.CounterVec
+	flights     *prometheus.HistogramVec
+	requests    *requests
 }
 
 // New returns counters at zero.
@@ -47,7 +49,14 @@ func New(version string) *Metrics {
 			Name: "acproxy_evicted_bytes_total",
 			Help: "Bytes of what was evicted, by kind and reason.",
 		}, []string{"kind", "reason"}),
+		flights: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "acproxy_flight_seconds",
+			Help:    "Time that fetching an image took, from its publisher's answer to the verdict, by outcome (kept, or the code of the error).",
+			Buckets: []float64{.01, .1, .5, 1, 5, 15, 60, 300, 1800},
+		}, []string{"outcome"}),
+		requests: newRequests(),
 	}
+	m.flights.WithLabelValues("kept")
 	for _, reason := range []string{cache.ReasonNeeded, cache.ReasonHigh, cache.ReasonDiskFull, cache.ReasonAsked} {
 		m.evictions.WithLabelValues(cache.EvictImage, reason)
 		m.evicted.WithLabelValues(cache.EvictImage, reason)
@@ -64,7 +73,7 @@ func New(version string) *Metrics {
 		Name: "acproxy_build_info", Help: "Which acproxy this is; always 1.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	info.Set(1)
-	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 

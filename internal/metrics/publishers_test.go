@@ -13,7 +13,7 @@ import (
 func TestPublishers(t *testing.T) {
 	m := New("1.0")
 	var hosts []web.HostState
-	m.Publishers(func() []web.HostState { return hosts })
+	m.Publishers(func() []web.HostState { return hosts }, func() []web.Traffic { return nil })
 	names := []string{"acproxy_publisher_breaker_open", "acproxy_publisher_resting", "acproxy_publisher_requests_in_progress", "acproxy_publisher_requests_waiting"}
 	if err := testutil.GatherAndCompare(m.registry, strings.NewReader(""), names...); err != nil {
 		t.Errorf("with no host: %v", err)

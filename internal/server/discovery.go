@@ -24,7 +24,7 @@ func (s *Server) discovery(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	noteRef(w, name)
+	noteRef(w, KindPage, name)
 	if err := s.mayRead(w, r, name); err != nil {
 		return err
 	}

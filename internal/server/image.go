@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -126,7 +127,7 @@ func (s *Server) serveRef(w http.ResponseWriter, r *http.Request, ref acproxy.Re
 }
 
 func (s *Server) serveKnown(w http.ResponseWriter, r *http.Request, known asked) error {
-	noteRef(w, known.text)
+	noteRef(w, kindOf(known.ext), known.text)
 	ref := known.ref
 	if err := s.mayRead(w, r, ref.Name()); err != nil {
 		return err
@@ -154,7 +155,7 @@ func (s *Server) byImageID(w http.ResponseWriter, r *http.Request, id, ext strin
 	if err != nil {
 		return err
 	}
-	noteRef(w, id)
+	noteRef(w, kindOf(ext), id)
 	im, err := s.cfg.Fetcher.ByImageID(r.Context(), digits, func(name string) bool { return s.reads(w, r, name) })
 	if err != nil {
 		return err
@@ -228,6 +229,23 @@ var statuses = map[fetch.Status][]string{
 	fetch.Miss:        {"acproxy; fwd=uri-miss"},
 	fetch.Uncached:    {"acproxy; fwd=uri-miss; stored=?0; detail=FULL"},
 }
+
+// words are what the statuses are called in one word.
+var words = map[fetch.Status]string{
+	fetch.Hit: "hit", fetch.Stale: "stale", fetch.Gone: "gone", fetch.Revalidated: "revalidated", fetch.Joined: "joined", fetch.Miss: "miss", fetch.Uncached: "uncached",
+}
+
+// verdicts are the words by the value of Cache-Status.
+var verdicts = func() map[string]string {
+	out := make(map[string]string)
+	for status, values := range statuses {
+		out[values[0]] = words[status]
+	}
+	return out
+}()
+
+// Verdicts returns the words for how an answer came about: hit, stale, gone and revalidated were held, joined and miss were fetched, uncached was passed on.
+func Verdicts() []string { return slices.Sorted(maps.Values(words)) }
 
 // cacheStatus returns the value of Cache-Status, which must not be changed.
 func cacheStatus(status fetch.Status) []string { return statuses[status] }

@@ -114,7 +114,7 @@ func cutLast(s, sep string) (before, after string, ok bool) {
 // serveGzip sends an image as gzip, as published if it was published so, else compressed on the way. Whether that is needed is known only once
 // the image is held.
 func (s *Server) serveGzip(w http.ResponseWriter, r *http.Request, ref acproxy.Ref) error {
-	noteRef(w, ref.String())
+	noteRef(w, KindImage, ref.String())
 	if err := s.mayRead(w, r, ref.Name()); err != nil {
 		return err
 	}

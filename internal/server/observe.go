@@ -26,17 +26,36 @@ func noteTakenOver(w http.ResponseWriter) {
 	}
 }
 
+// The kinds of what is asked for, as [Access.Kind] has them.
+const (
+	KindPage      = "page" // a discovery page
+	KindSignature = "signature"
+	KindImage     = "image"
+	KindOther     = "other"
+)
+
+// Kinds are the kinds of what is asked for.
+func Kinds() []string { return []string{KindPage, KindSignature, KindImage, KindOther} }
+
+// kindOf returns the kind of what an extension stands for.
+func kindOf(ext string) string {
+	if ext == extSignature {
+		return KindSignature
+	}
+	return KindImage
+}
+
 // noteRef records what a request asked for.
-func noteRef(w http.ResponseWriter, ref string) {
+func noteRef(w http.ResponseWriter, kind, ref string) {
 	if rec, ok := w.(*recorder); ok {
-		rec.ref = ref
+		rec.kind, rec.ref = kind, ref
 	}
 }
 
 // observe gives every request an ID, refuses loops and writes one access line.
 func (s *Server) observe(front Front, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		rec := &recorder{ResponseWriter: w, id: requestID(r), front: front}
+		rec := &recorder{ResponseWriter: w, id: requestID(r), front: front, kind: KindOther}
 		if r.TLS != nil && r.ProtoMajor == 1 {
 			rec.buffers = &s.buffers
 		}
@@ -44,9 +63,10 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 		brisk, _ := w.(*briskWriter)
 		if s.cfg.Access != nil {
 			started := s.now()
+			rec.now = s.now
 			defer func() {
 				if brisk == nil || !brisk.given {
-					s.access(r, rec, s.now().Sub(started))
+					s.access(r, rec, started)
 				}
 			}()
 		}
@@ -85,17 +105,26 @@ type Access struct {
 	ID, Client, Method, Host, Path, Proto string
 	User                                  string // who has shown who he is, "" if nobody was asked
 	Status                                int
-	Bytes                                 int64 // of the content
+	Bytes                                 int64         // of the content
+	Kind                                  string        // of what was asked for
+	FirstByte                             time.Duration // until the answer began
 	Took                                  time.Duration
 	Cache                                 string // as in Cache-Status
+	Verdict                               string // the same in a word, as [Verdicts] has them; "" if the store had no part in it
 	Ref                                   string // what was asked for, "" if that was no image
 	Err                                   error  // how it failed, nil if it didn't
 }
 
-func (s *Server) access(r *http.Request, rec *recorder, took time.Duration) {
+func (s *Server) access(r *http.Request, rec *recorder, started time.Time) {
+	took, first := s.now().Sub(started), time.Duration(0)
+	if !rec.headed.IsZero() {
+		first = rec.headed.Sub(started)
+	}
+	cache := rec.Header().Get("Cache-Status")
 	s.cfg.Access(Access{
+		Kind: rec.kind, FirstByte: first, Verdict: verdicts[cache],
 		ID: rec.id, Client: client(r), Method: r.Method, Host: r.Host, Path: requestURI(r), Proto: r.Proto, User: rec.who.Name, Status: rec.status, Bytes: rec.bytes, Took: took,
-		Cache: rec.Header().Get("Cache-Status"), Ref: rec.ref, Err: rec.err,
+		Cache: cache, Ref: rec.ref, Err: rec.err,
 	})
 }
 
@@ -113,9 +142,13 @@ type recorder struct {
 	status int
 	bytes  int64
 
-	id  string
-	ref string
-	err error
+	id   string
+	kind string
+	ref  string
+	err  error
+
+	now    func() time.Time // nil if nobody wants to know when
+	headed time.Time        // when the answer began
 
 	front      Front
 	who        access.Identity
@@ -132,7 +165,7 @@ func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 // WriteHeader is the ResponseWriter's.
 func (w *recorder) WriteHeader(status int) {
 	if w.status == 0 || w.status < 200 {
-		w.status = status
+		w.begin(status)
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
@@ -168,6 +201,14 @@ const encryptAtOnce = 256 << 10
 
 func (w *recorder) ok() {
 	if w.status == 0 {
-		w.status = http.StatusOK
+		w.begin(http.StatusOK)
+	}
+}
+
+// begin notes the status of an answer, and when it began.
+func (w *recorder) begin(status int) {
+	w.status = status
+	if w.now != nil && status >= 200 {
+		w.headed = w.now()
 	}
 }

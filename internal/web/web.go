@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -95,6 +96,35 @@ type Client struct {
 	hosts  map[string]string // Config.Hosts, the keys as dialKey writes them
 	routes []*route          // by prefix, longest first; the last one matches every name
 	gate   *gate
+
+	traffic map[string]*traffic // by what is asked for; what isn't here counts as ""
+}
+
+// Traffic is what was asked of publishers since the start.
+type Traffic struct {
+	What     string // is asked for: discovery, key, signature or image; "" is anything else
+	Requests int64  // that were made, each redirect by itself
+	Failures int64  // of these: without an answer, or with a 5xx
+	Bytes    int64  // of the bodies that came
+}
+
+type traffic struct{ requests, failures, bytes atomic.Int64 }
+
+// Traffic returns what was asked of publishers since the start, by what was asked for.
+func (c *Client) Traffic() []Traffic {
+	var out []Traffic
+	for what, t := range c.traffic {
+		out = append(out, Traffic{what, t.requests.Load(), t.failures.Load(), t.bytes.Load()})
+	}
+	return out
+}
+
+func (a *asking) traffic() *traffic {
+	all := a.route.client.traffic
+	if t := all[a.what]; t != nil {
+		return t
+	}
+	return all[""]
 }
 
 // A route is a Rule with connections of its own: what one rule trusts must not answer for another.
@@ -135,7 +165,10 @@ func New(cfg Config) *Client {
 	if cfg.Random == nil {
 		cfg.Random = rand.Float64
 	}
-	c := &Client{cfg: cfg, hosts: make(map[string]string, len(cfg.Hosts)), gate: newGate(cfg.Limits, cfg.Now, cfg.Random)}
+	c := &Client{cfg: cfg, hosts: make(map[string]string, len(cfg.Hosts)), gate: newGate(cfg.Limits, cfg.Now, cfg.Random), traffic: make(map[string]*traffic)}
+	for _, what := range []string{"", "discovery", "key", "signature", "image"} {
+		c.traffic[what] = new(traffic)
+	}
 	for host, where := range cfg.Hosts {
 		c.hosts[normalHost(host)] = where
 	}
@@ -436,6 +469,11 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 		err = a.ctx.Err()
 	}
 	last.Took = time.Since(began)
+	traffic := a.traffic()
+	traffic.requests.Add(1)
+	if err != nil || resp.StatusCode >= http.StatusInternalServerError {
+		traffic.failures.Add(1)
+	}
 	if err != nil {
 		err = a.explain(err, doing)
 		t.unanswered(err, last.Err)
@@ -523,6 +561,7 @@ func (b *body) Read(p []byte) (int, error) {
 	n, err := b.rc.Read(p)
 	b.timer.Stop()
 	b.left -= time.Since(began)
+	b.asking.traffic().bytes.Add(int64(n))
 	if b.due -= n; b.due <= 0 {
 		b.left, b.due = b.asking.route.client.cfg.StallTimeout, leastRead
 	}

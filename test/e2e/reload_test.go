@@ -2,8 +2,10 @@ package e2e
 
 import (
 	"crypto/x509"
+	"fmt"
 	"net/http"
 	"os"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -97,5 +99,45 @@ func TestHealthcheck(t *testing.T) {
 	s.server().end(syscall.SIGTERM)
 	if code, out := s.cli("healthcheck"); code != 1 || !strings.Contains(out, "no server answers") {
 		t.Errorf("healthcheck without a server: %d, %s", code, out)
+	}
+}
+
+// TestMetrics asks for an image twice and for another one that nobody may have, and reads what is counted, as Prometheus does.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "admin: {metrics: '127.0.0.1:0'}")
+	im, stranger := s.publish(app("app")), s.publishAs(app("stranger"), stranger(t))
+	for range 2 {
+		wantImage(t, s.get(s.direct(im, "aci")), im)
+	}
+	wantStatus(t, s.get(s.direct(stranger, "aci")), http.StatusForbidden)
+	found := regexp.MustCompile(`"msg":"serving metrics","address":"([^"]+)"`).FindStringSubmatch(s.server().output())
+	if found == nil {
+		t.Fatalf("the log doesn't say where the metrics are:\n%s", s.server().output())
+	}
+	at := "http://" + found[1]
+	var metrics string
+	eventually(t, "everything is counted", func() bool {
+		metrics = string(s.get(at + "/metrics").Body)
+		return strings.Contains(metrics, `acproxy_requests_total{cache="none",code="403",kind="image"} 1`)
+	})
+	for _, want := range []string{
+		`acproxy_requests_total{cache="miss",code="200",kind="image"} 1`,
+		`acproxy_requests_total{cache="hit",code="200",kind="image"} 1`,
+		fmt.Sprintf(`acproxy_served_bytes_total{cache="hit",kind="image"} %d`, len(im.aci)),
+		fmt.Sprintf(`acproxy_publisher_received_bytes_total{what="image"} %d`, len(im.aci)),
+		`acproxy_publisher_requests_total{what="image"} 1`,
+		`acproxy_flight_seconds_count{outcome="kept"} 1`,
+		`acproxy_first_byte_seconds_count{cache="miss",kind="image"} 1`,
+	} {
+		if !strings.Contains(metrics, want+"\n") {
+			t.Errorf("the metrics don't say %s", want)
+		}
+	}
+	for _, path := range []string{"/healthz", "/readyz"} {
+		wantStatus(t, s.get(at+path), http.StatusOK)
+	}
+	for _, path := range []string{"/", "/debug/pprof/", "/api/v1/images?limit=1"} {
+		wantStatus(t, s.get(at+path), http.StatusNotFound)
 	}
 }

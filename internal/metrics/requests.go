@@ -1,0 +1,94 @@
+package metrics
+
+import (
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/server"
+)
+
+// requests counts what clients are answered.
+type requests struct {
+	answered  *prometheus.CounterVec
+	bytes     *prometheus.CounterVec
+	firstByte *prometheus.HistogramVec
+
+	// What was counted before, to be had without a look at labels: requests are many.
+	known sync.Map // of answerKey to *answers
+}
+
+// answerKey is what answers are counted by.
+type answerKey struct {
+	kind, verdict string
+	status        int
+}
+
+type answers struct {
+	answered, bytes prometheus.Counter
+	firstByte       prometheus.Observer
+}
+
+// noVerdict is the verdict of what the store has no part in.
+const noVerdict = "none"
+
+func newRequests() *requests {
+	r := &requests{
+		answered: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_requests_total",
+			Help: "Requests of clients that were answered, by kind (page, signature, image, other), by how the answer came about (hit, stale, gone, revalidated, joined, miss, uncached; none where the store had no part in it) and by status.",
+		}, []string{"kind", "cache", "code"}),
+		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_served_bytes_total",
+			Help: "Bytes of content that clients were sent, by kind and by how the answer came about.",
+		}, []string{"kind", "cache"}),
+		firstByte: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "acproxy_first_byte_seconds",
+			Help:    "Time from a request until its answer begins, by kind and by how the answer came about.",
+			Buckets: []float64{.0001, .001, .01, .1, .5, 1, 5, 30},
+		}, []string{"kind", "cache"}),
+	}
+	for _, kind := range server.Kinds() {
+		for _, verdict := range append(server.Verdicts(), noVerdict) {
+			// A counter that is there from the start shows its first increase.
+			r.answered.WithLabelValues(kind, verdict, "200")
+			r.bytes.WithLabelValues(kind, verdict)
+		}
+	}
+	return r
+}
+
+// Answered counts a request.
+func (m *Metrics) Answered(a server.Access) {
+	key := answerKey{a.Kind, a.Verdict, a.Status}
+	known, ok := m.requests.known.Load(key)
+	if !ok {
+		verdict := a.Verdict
+		if verdict == "" {
+			verdict = noVerdict
+		}
+		known, _ = m.requests.known.LoadOrStore(key, &answers{
+			m.requests.answered.WithLabelValues(a.Kind, verdict, strconv.Itoa(a.Status)),
+			m.requests.bytes.WithLabelValues(a.Kind, verdict), m.requests.firstByte.WithLabelValues(a.Kind, verdict),
+		})
+	}
+	counted := known.(*answers)
+	counted.answered.Inc()
+	counted.bytes.Add(float64(a.Bytes))
+	counted.firstByte.Observe(a.FirstByte.Seconds())
+}
+
+// Landed counts a fetch of an image that has ended.
+func (m *Metrics) Landed(took time.Duration, err error) {
+	outcome := "kept"
+	if err != nil {
+		outcome = "error"
+		if code := acproxy.Code(err); code != "" {
+			outcome = code
+		}
+	}
+	m.flights.WithLabelValues(outcome).Observe(took.Seconds())
+}
