@@ -96,6 +96,13 @@ func TestHealthcheck(t *testing.T) {
 	if code, out := s.cli("healthcheck"); code != 0 || out != "ready\n" {
 		t.Errorf("healthcheck: %d, %s", code, out)
 	}
+	// Somebody is at the configuration, and the server well.
+	good := must(os.ReadFile(s.config))(t)
+	s.write("config.yaml", []byte("nothing: here"))
+	if code, out := s.cli("healthcheck", "--socket", s.path("data", "admin.sock")); code != 0 || out != "ready\n" {
+		t.Errorf("healthcheck by the socket: %d, %s", code, out)
+	}
+	s.write("config.yaml", good)
 	s.server().end(syscall.SIGTERM)
 	if code, out := s.cli("healthcheck"); code != 1 || !strings.Contains(out, "no server answers") {
 		t.Errorf("healthcheck without a server: %d, %s", code, out)
