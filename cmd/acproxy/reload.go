@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -61,6 +60,11 @@ func changeText(c admin.Change) string {
 	return text
 }
 
+// A preparer reads files again, without having them count before it is told so.
+type preparer interface {
+	Prepare() (commit func(), err error)
+}
+
 // reloader reads everything again that a running server can. It is safe for concurrent use.
 type reloader struct {
 	load func() (*config.Config, error)
@@ -92,12 +96,16 @@ func (r *reloader) reload() ([]admin.Change, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = r.n.parts.credentials.Reload()
-	for _, cert := range r.n.certificates {
-		err = errors.Join(err, cert.Reload())
+	var commits []func()
+	for _, files := range append([]preparer{r.n.parts.credentials}, r.n.certificates...) {
+		commit, err := files.Prepare()
+		if err != nil {
+			return nil, err
+		}
+		commits = append(commits, commit)
 	}
-	if err != nil {
-		return nil, err
+	for _, commit := range commits {
+		commit()
 	}
 	r.n.parts.guard.Change(guard)
 	r.n.parts.keys.Reload()
@@ -125,8 +133,11 @@ func differences(before, after *config.Config) []admin.Change {
 	return changes
 }
 
-// valueText prints a value of the configuration. None of them is a secret.
+// valueText prints a value of the configuration. Of publishers it says how many there are: the URL of a proxy may have a password in it.
 func valueText(v reflect.Value) string {
+	if publishers, ok := v.Interface().([]config.Publisher); ok {
+		return count(len(publishers), "publisher")
+	}
 	switch v.Kind() {
 	case reflect.Slice, reflect.Map, reflect.String:
 		if v.Len() == 0 && v.Kind() != reflect.String {

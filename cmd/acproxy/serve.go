@@ -106,7 +106,7 @@ type running struct {
 	forget   func() // ends the telling of changes of the keys
 
 	reloader     *reloader
-	certificates []interface{ Reload() error }
+	certificates []preparer
 }
 
 type bound struct {

@@ -2,11 +2,13 @@
 package access
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -70,7 +72,7 @@ type Guard struct {
 
 // New returns a Guard.
 func New(cfg Config) *Guard {
-	g := &Guard{passwords: memo.New[[sha256.Size]byte, time.Time](maxPasswords), hashing: make(chan struct{}, 2)}
+	g := &Guard{passwords: memo.New[[sha256.Size]byte, time.Time](maxPasswords), hashing: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))}
 	g.Change(cfg)
 	return g
 }
@@ -120,8 +122,9 @@ type Credentials struct {
 var errCredentials = errors.New("the credentials are not valid")
 
 // Identify returns who a client is by what it shows, as far as the methods allow it. Of a client that shows nothing it returns the zero Identity. The error,
-// beside the zero Identity, says what is wrong with what it showed: whoever is asked for what anybody may have need not mind.
-func (g *Guard) Identify(shown Credentials, methods Method) (Identity, error) {
+// beside the zero Identity, says what is wrong with what it showed: whoever is asked for what anybody may have need not mind. Passwords wait for one another;
+// ctx ends the waiting.
+func (g *Guard) Identify(ctx context.Context, shown Credentials, methods Method) (Identity, error) {
 	if methods&Certificate != 0 && len(shown.Certificates) > 0 {
 		if name := subject(shown.Certificates[0]); name != "" {
 			return Identity{name, Certificate}, nil
@@ -133,7 +136,7 @@ func (g *Guard) Identify(shown Credentials, methods Method) (Identity, error) {
 	case shown.Authorization == "":
 		return Identity{}, nil
 	case strings.EqualFold(scheme, "Basic") && methods&Basic != 0:
-		return g.basic(strings.TrimSpace(rest))
+		return g.basic(ctx, strings.TrimSpace(rest))
 	case strings.EqualFold(scheme, "Bearer") && methods&Bearer != 0:
 		return g.bearer(strings.TrimSpace(rest))
 	}
@@ -159,10 +162,10 @@ const (
 
 var errPassword = fmt.Errorf("%w: there is no such user, or the password is another one", errCredentials)
 
-// nobody is compared with the passwords of users that there are none of, so that they take their time as well.
+// nobody is compared with the passwords of users where there are none at all.
 var nobody = []byte("$2a$10$vU//WD78VePwLFXXRXGas.UqNXpFgcRUmvAWf0wtJuCDxFtBuzpWC")
 
-func (g *Guard) basic(encoded string) (Identity, error) {
+func (g *Guard) basic(ctx context.Context, encoded string) (Identity, error) {
 	// The standard library reads it, of a request.
 	r := http.Request{Header: http.Header{"Authorization": {"Basic " + encoded}}}
 	user, password, ok := r.BasicAuth()
@@ -183,7 +186,8 @@ func (g *Guard) basic(encoded string) (Identity, error) {
 	}
 	hash := cfg.Users.hash(user)
 	if hash == nil {
-		hash = nobody
+		// It takes as long as for a user that there is.
+		hash = cfg.Users.some()
 	}
 	// Of the hash too: a password that was changed is not remembered.
 	key := sha256.Sum256(fmt.Appendf(nil, "%d:%s%d:%s%s", len(user), user, len(password), password, hash))
@@ -191,7 +195,11 @@ func (g *Guard) basic(encoded string) (Identity, error) {
 		return Identity{user, Basic}, nil
 	}
 	// A flood of passwords must not take all processors.
-	g.hashing <- struct{}{}
+	select {
+	case g.hashing <- struct{}{}:
+	case <-ctx.Done():
+		return Identity{}, context.Cause(ctx)
+	}
 	err := bcrypt.CompareHashAndPassword(hash, []byte(password))
 	<-g.hashing
 	if err != nil || cfg.Users.hash(user) == nil {

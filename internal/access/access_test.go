@@ -135,7 +135,7 @@ func TestIdentify(t *testing.T) {
 		{"one where none is taken", Credentials{Certificates: cert("node1")}, Basic, Identity{}, false},
 		{"before a password", Credentials{Certificates: cert("node1"), Authorization: basic("bob", "")}, AllMethods, Identity{"node1", Certificate}, false},
 	} {
-		got, err := g.Identify(tt.shown, tt.methods)
+		got, err := g.Identify(t.Context(), tt.shown, tt.methods)
 		if got != tt.want || (err != nil) != tt.wrong {
 			t.Errorf("%s: Identify = %v, %v; want %v, wrong: %v", tt.name, got, err, tt.want, tt.wrong)
 		}
@@ -144,7 +144,7 @@ func TestIdentify(t *testing.T) {
 		}
 	}
 	now = now.Add(2 * time.Hour)
-	if got, err := g.Identify(Credentials{Authorization: "Bearer " + late}, AllMethods); got.Name != "" || err == nil || !strings.Contains(err.Error(), "expired") {
+	if got, err := g.Identify(t.Context(), Credentials{Authorization: "Bearer " + late}, AllMethods); got.Name != "" || err == nil || !strings.Contains(err.Error(), "expired") {
 		t.Errorf("after its end a token gives %v, %v", got, err)
 	}
 }
@@ -153,7 +153,7 @@ func TestIdentify(t *testing.T) {
 func TestNothingIsKnown(t *testing.T) {
 	g := New(Config{})
 	for _, shown := range []string{basic("alice", ""), "Bearer " + tokenPrefix + "x_y", basic("alice", tokenPrefix+"x_y")} {
-		if got, err := g.Identify(Credentials{Authorization: shown}, AllMethods); got.Name != "" || err == nil {
+		if got, err := g.Identify(t.Context(), Credentials{Authorization: shown}, AllMethods); got.Name != "" || err == nil {
 			t.Errorf("Identify(%s) = %v, %v", shown, got, err)
 		}
 	}
@@ -169,7 +169,7 @@ func TestFilesAreReadAgain(t *testing.T) {
 	}
 	g := New(Config{Users: users})
 	knows := func(password string) bool {
-		who, _ := g.Identify(Credentials{Authorization: basic("alice", password)}, AllMethods)
+		who, _ := g.Identify(t.Context(), Credentials{Authorization: basic("alice", password)}, AllMethods)
 		return who.Name == "alice"
 	}
 	if !knows("one") || knows("two") {
@@ -201,7 +201,7 @@ func TestFilesAreReadAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.Sleep(aWhile)
-	if who, _ := g.Identify(Credentials{Authorization: basic("bob", "three")}, AllMethods); who.Name != "" {
+	if who, _ := g.Identify(t.Context(), Credentials{Authorization: basic("bob", "three")}, AllMethods); who.Name != "" {
 		t.Error("the file is gone, and its users are not")
 	}
 }

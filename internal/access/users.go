@@ -49,6 +49,16 @@ func (u *Users) hash(user string) []byte {
 	return u.file.Get()[user]
 }
 
+// some returns a hash of a user, whoever it is.
+func (u *Users) some() []byte {
+	if u != nil {
+		for _, hash := range u.file.Get() {
+			return hash
+		}
+	}
+	return nobody
+}
+
 func parseUsers(path string, content []byte) (map[string][]byte, error) {
 	users := make(map[string][]byte)
 	for i, line := range strings.Split(string(content), "\n") {

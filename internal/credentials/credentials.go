@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -70,13 +69,21 @@ func New(all []Credential, rkt []*Dir) *Set {
 	return s
 }
 
-// Reload reads rkt's directories again.
-func (s *Set) Reload() error {
-	var errs []error
+// Prepare reads rkt's directories again, and returns what has what they say count from then on.
+func (s *Set) Prepare() (commit func(), err error) {
+	var commits []func()
 	for _, dir := range s.rkt {
-		errs = append(errs, dir.files.Reload())
+		c, err := dir.files.Prepare()
+		if err != nil {
+			return nil, err
+		}
+		commits = append(commits, c)
 	}
-	return errors.Join(errs...)
+	return func() {
+		for _, c := range commits {
+			c()
+		}
+	}, nil
 }
 
 // Authorize gives a request, on behalf of an image name, what its host wants to see, if anything is known of that, and returns what that was, for people.

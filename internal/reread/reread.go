@@ -25,7 +25,9 @@ type Files[T any] struct {
 	looked atomic.Int64 // nanoseconds since 1970
 
 	mu    sync.Mutex
-	state []os.FileInfo // of the files when they were read last, whatever came of it; nil for one that wasn't there
+	state []os.FileInfo // of the files when they were read last; nil for one that wasn't there
+
+	told atomic.Pointer[string] // what failed was told last, "" if they were read since
 }
 
 // Open reads files, with a function that turns them into what they say. failed is told when they can't be read after a change: what they said before goes on
@@ -40,9 +42,7 @@ func Open[T any](paths []string, read func() (T, error), failed func(error)) (*F
 func (f *Files[T]) Get() T {
 	now := f.now().UnixNano()
 	if looked := f.looked.Load(); now-looked >= int64(lookEvery) && f.looked.CompareAndSwap(looked, now) {
-		if err := f.load(false); err != nil && f.failed != nil {
-			f.failed(err)
-		}
+		f.tell(f.load(false))
 	}
 	return *f.said.Load()
 }
@@ -50,15 +50,52 @@ func (f *Files[T]) Get() T {
 // Reload reads the files now. If they can't be read, what they said before goes on counting.
 func (f *Files[T]) Reload() error { return f.load(true) }
 
+// Prepare reads the files now, and returns what has what they say count from then on.
+func (f *Files[T]) Prepare() (commit func(), err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change, err := f.prepare(true)
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		change()
+	}, nil
+}
+
+// tell says of an error, once, why files couldn't be read.
+func (f *Files[T]) tell(err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	before := f.told.Swap(&text)
+	if err != nil && f.failed != nil && (before == nil || *before != text) {
+		f.failed(err)
+	}
+}
+
 func (f *Files[T]) load(always bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	commit, err := f.prepare(always)
+	if err == nil {
+		commit()
+	}
+	return err
+}
+
+// prepare reads the files if they have changed, or always. The caller holds mu. What can't be read is tried again at the next look: it may have been a lack of
+// descriptors that kept it from being read.
+func (f *Files[T]) prepare(always bool) (commit func(), err error) {
 	state := make([]os.FileInfo, len(f.paths))
 	another := always
 	for i, path := range f.paths {
 		fi, err := os.Stat(path)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+			return nil, err
 		}
 		if err == nil {
 			state[i] = fi
@@ -66,16 +103,17 @@ func (f *Files[T]) load(always bool) error {
 		another = another || changed(f.state[i], state[i])
 	}
 	if !another {
-		return nil
+		return func() {}, nil
 	}
-	// Taken before reading: what is written meanwhile is read again.
-	f.state = state
+	// The state was taken before reading: what is written meanwhile is read again.
 	said, err := f.read()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	f.said.Store(&said)
-	return nil
+	return func() {
+		f.state = state
+		f.said.Store(&said)
+	}, nil
 }
 
 // changed reports whether a file isn't the one that was there before, nil standing for none.

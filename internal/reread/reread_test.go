@@ -23,8 +23,12 @@ func TestFiles(t *testing.T) {
 		}
 	}
 	reads := 0
+	var trouble error
 	both := func() (string, error) {
 		reads++
+		if trouble != nil {
+			return "", trouble
+		}
 		one, err := os.ReadFile(a)
 		two, errTwo := os.ReadFile(b)
 		if err := errors.Join(err, errTwo); err != nil {
@@ -82,6 +86,24 @@ func TestFiles(t *testing.T) {
 		t.Error(err)
 	}
 	want("once it is back", "32")
+
+	// What can't be read for a moment is read in the next one, though the file is the same.
+	write(a, "4")
+	trouble = errors.New("too many open files")
+	now = now.Add(2 * lookEvery)
+	want("while nothing can be read", "32")
+	trouble = nil
+	now = now.Add(2 * lookEvery)
+	want("when it can be again", "42")
+
+	write(a, "5")
+	commit, err := f.Prepare()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want("before what was prepared counts", "42")
+	commit()
+	want("since then", "52")
 }
 
 // TestFilesByMany reads and writes at once, and every answer is one that was written.

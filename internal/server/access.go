@@ -27,7 +27,7 @@ func (f Front) auth() access.Method {
 // admit refuses clients that don't show who they are where everybody has to. Questions for the server's health are answered for all: those who put them can't
 // do more.
 func (s *Server) admit(w *recorder, r *http.Request) error {
-	if w.front.auth()&access.Anonymous != 0 || r.URL.Path == Root+"healthz" || r.URL.Path == Root+"readyz" {
+	if w.auth(r)&access.Anonymous != 0 || asksForHealth(r) {
 		return nil
 	}
 	who, wrong := s.identify(w, r)
@@ -37,9 +37,19 @@ func (s *Server) admit(w *recorder, r *http.Request) error {
 	return nil
 }
 
+// asksForHealth reports whether a request asks how the server is, and nothing else.
+func asksForHealth(r *http.Request) bool {
+	path := r.URL.EscapedPath()
+	return !toProxy(r) && (r.Method == http.MethodGet || r.Method == http.MethodHead) && (path == Root+"healthz" || path == Root+"readyz")
+}
+
 // mayRead returns why a client may not have the images of a name, or know of them, nil if it may. Whatever is about a name asks this first, of every request.
 func (s *Server) mayRead(w http.ResponseWriter, r *http.Request, name string) error {
 	if s.reads(w, r, name) {
+		// Another reading of the same URL may have been refused before.
+		for _, field := range challengeFields {
+			delete(w.Header(), field)
+		}
 		return nil
 	}
 	who, wrong := s.identify(w, r)
@@ -77,20 +87,39 @@ func (s *Server) identify(w http.ResponseWriter, r *http.Request) (access.Identi
 	case rec.identified:
 		return rec.who, rec.wrong
 	}
-	shown := access.Credentials{Authorization: r.Header.Get("Authorization")}
-	if toProxy(r) && r.Header.Get("Proxy-Authorization") != "" {
-		// The other one is for the host that is asked for.
-		shown.Authorization = r.Header.Get("Proxy-Authorization")
+	if c, ok := r.Context().Value(connectedTo{}).(connected); ok {
+		// Within a connection that CONNECT has made, whoever asked for that asks, as long as what it has shown holds.
+		rec.who, rec.wrong = s.cfg.Guard.Identify(r.Context(), c.shown, c.auth)
 	}
-	shown.Certificates = certificates(r)
-	rec.who, rec.wrong = s.cfg.Guard.Identify(shown, rec.front.auth())
-	if c, ok := r.Context().Value(connectedTo{}).(connected); ok && rec.who.Name == "" {
-		// Within a connection that CONNECT has made, whoever asked for that asks.
-		rec.who = c.who
+	if rec.who.Name == "" {
+		who, wrong := s.cfg.Guard.Identify(r.Context(), credentialsOf(r), rec.auth(r))
+		if rec.who = who; wrong != nil {
+			rec.wrong = wrong
+		}
 	}
 	rec.identified = true
 	return rec.who, rec.wrong
 }
+
+// credentialsOf returns what a client shows to us: to a proxy, Authorization is for the host that is asked for.
+func credentialsOf(r *http.Request) access.Credentials {
+	field := "Authorization"
+	if toProxy(r) {
+		field = "Proxy-Authorization"
+	}
+	return access.Credentials{Authorization: r.Header.Get(field), Certificates: certificates(r)}
+}
+
+// auth returns how a client may show who it is: as at the address that it came by.
+func (w *recorder) auth(r *http.Request) access.Method {
+	if c, ok := r.Context().Value(connectedTo{}).(connected); ok {
+		return c.auth
+	}
+	return w.front.auth()
+}
+
+// challengeFields ask a client to show who it is.
+var challengeFields = []string{"Www-Authenticate", "Proxy-Authenticate"}
 
 // certificates returns the certificates of a client that TLS has verified, its own first.
 func certificates(r *http.Request) []*x509.Certificate {
@@ -105,14 +134,15 @@ func toProxy(r *http.Request) bool { return r.Method == http.MethodConnect || r.
 
 // challenge asks a client to show who it is (RFC 9110, section 11.6), and returns the error that goes with that.
 func (s *Server) challenge(w http.ResponseWriter, r *http.Request, wrong error, why string) error {
-	status, field := http.StatusUnauthorized, "Www-Authenticate"
+	status, field := http.StatusUnauthorized, challengeFields[0]
 	if toProxy(r) {
-		status, field = http.StatusProxyAuthRequired, "Proxy-Authenticate"
+		status, field = http.StatusProxyAuthRequired, challengeFields[1]
 	}
 	auth := access.AllMethods
 	if rec, ok := w.(*recorder); ok {
-		auth = rec.front.auth()
+		auth = rec.auth(r)
 	}
+	delete(w.Header(), field)
 	if auth&access.Basic != 0 {
 		w.Header().Add(field, `Basic realm="acproxy", charset="UTF-8"`)
 	}

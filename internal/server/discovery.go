@@ -219,6 +219,8 @@ func (s *Server) publisherURL(w http.ResponseWriter, r *http.Request) error {
 	asked := *r.URL
 	asked.Scheme, asked.Host = requestScheme(r), requestHost(r)
 	refs, ext := s.cfg.Fetcher.RefsOf(r.Context(), &asked)
+	// That a URL is known would say what the names are that it is known from.
+	refs = slices.DeleteFunc(slices.Clone(refs), func(ref acproxy.Ref) bool { return !s.reads(w, r, ref.Name()) })
 	if len(refs) == 0 {
 		return &acproxy.Error{
 			Kind: acproxy.ErrNotFound, Code: "no-template-gives-this-url",

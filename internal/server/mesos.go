@@ -26,7 +26,7 @@ func (s *Server) mesos(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	refs, err := simpleRefs(path, s.cfg.Fetcher.Knows)
+	refs, err := simpleRefs(path, func(name string) bool { return s.reads(w, r, name) && s.cfg.Fetcher.Knows(name) })
 	if err != nil {
 		return err
 	}

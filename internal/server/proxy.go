@@ -46,6 +46,9 @@ func notImageHost(host string) error {
 
 // connect answers CONNECT: a connection to an image host ends here, one to any other host goes through untouched, if that is allowed.
 func (s *Server) connect(w http.ResponseWriter, r *http.Request) error {
+	if r.URL.Path != "" {
+		return acproxy.Invalid("CONNECT needs host:port, not a path")
+	}
 	host, port, err := net.SplitHostPort(r.Host)
 	if err != nil {
 		return acproxy.Invalid("CONNECT needs host:port, not %.128q", r.Host)
@@ -66,8 +69,10 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) error {
 			Detail: "this proxy has no local CA to answer for " + host + " with; acproxy ca init --host " + host + " makes one",
 		}
 	}
-	to := connected{host: host}
-	to.who, _ = s.identify(w, r)
+	to := connected{host: host, shown: credentialsOf(r), auth: access.AllMethods}
+	if rec, ok := w.(*recorder); ok {
+		to.auth = rec.auth(r)
+	}
 	conn, err := takeOver(w)
 	if err != nil {
 		return err
@@ -177,10 +182,11 @@ type inner struct {
 // connectedTo is the key of what a connection was terminated for.
 type connectedTo struct{}
 
-// connected is what a CONNECT request said: the host that it named, and who asked.
+// connected is what a CONNECT request said: the host that it named, and what it showed, where clients may show it in which ways.
 type connected struct {
-	host string
-	who  access.Identity
+	host  string
+	shown access.Credentials
+	auth  access.Method
 }
 
 func newInner(s *Server) *inner {
@@ -190,7 +196,7 @@ func newInner(s *Server) *inner {
 		config:   TLS(),
 	}
 	in.config.GetCertificate, in.config.NextProtos = s.cfg.Certificate, []string{"h2", "http/1.1"}
-	in.http = s.HTTP(Front{Auth: access.AllMethods})
+	in.http = s.HTTP(Front{})
 	// A copy of its own: Serve adds to it while connections are being made with the other.
 	in.http.TLSConfig = in.config.Clone()
 	in.http.Handler = misdirected(s, in.http.Handler)

@@ -28,6 +28,9 @@ var conditions = []string{"Range", "If-None-Match", "If-Modified-Since", "If-Mat
 func (a *small) serve(w http.ResponseWriter, r *http.Request, modified time.Time) {
 	h := w.Header()
 	maps.Copy(h, a.header)
+	if rec, ok := w.(*recorder); ok && rec.private && a.header["Cache-Control"] != nil {
+		h["Cache-Control"] = []string{"private, " + a.header["Cache-Control"][0]}
+	}
 	for _, field := range conditions {
 		if r.Header[field] != nil {
 			delete(h, "Content-Length")

@@ -116,6 +116,18 @@ func TestRulesOfAccess(t *testing.T) {
 	eventually(t, "the image ID is known", func() bool {
 		return s.do(http.MethodHead, s.direct(most, "aci"), "Authorization", alice).Header.Get("X-Appc-Image-Id") != ""
 	})
+	// What a URL of the publisher stands for, and what is held under which name, is as secret.
+	wantProblem(t, s.get(secret.published.URL), http.StatusNotFound, "no-template-gives-this-url")
+	wantImage(t, s.get(secret.published.URL, "Authorization", alice), secret)
+	for _, name := range []string{most.name + "-tool", most.name + "-none"} {
+		// The name that is likeliest if nothing is known.
+		if a := s.get(s.plain() + "/.acproxy/mesos/" + name + "-1.0.0-linux-amd64.aci"); !strings.Contains(a.Detail(), name+" is not for everybody") {
+			t.Errorf("which reading of a Mesos URL is held shows: %s", described(a))
+		}
+	}
+	if got := s.get("https://"+secret.name+"?ac-discovery=1", "Authorization", alice).Header.Get("Cache-Control"); got != "private, no-cache" {
+		t.Errorf("the discovery page of a secret image has Cache-Control %q", got)
+	}
 	byID := s.plain() + "/.acproxy/images/" + most.id.String() + ".aci"
 	wantProblem(t, s.get(byID), http.StatusNotFound, "image-id-unknown")
 	wantProblem(t, s.get(byID, "Authorization", ci), http.StatusNotFound, "image-id-unknown")
@@ -148,6 +160,20 @@ func TestNobodyWithoutCredentials(t *testing.T) {
 	}
 	wantStatus(t, s.get(s.plain()+"/.acproxy/healthz"), http.StatusOK)
 	wantImage(t, s.get(s.direct(im, "aci"), "Authorization", "Bearer "+token), im)
+	// Nor as a proxy, however the request is put.
+	for _, request := range []string{
+		"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n",
+		"CONNECT /.acproxy/healthz HTTP/1.1\r\nHost: example.com:443\r\n\r\n",
+		"GET http://elsewhere.example.net/.acproxy/healthz HTTP/1.1\r\nHost: elsewhere.example.net\r\n\r\n",
+		"GET http://example.com/ HTTP/1.1\r\nHost: example.com\r\nAuthorization: Bearer " + token + "\r\n\r\n",
+	} {
+		conn := must(dialLoopback(s.context(), "tcp", s.server().address("http")))(t)
+		if _, err := io.WriteString(conn, request); err != nil {
+			t.Fatal(err)
+		}
+		wantProblem(t, readAnswer(http.MethodGet, request, bufio.NewReader(conn)), http.StatusProxyAuthRequired, "credentials-needed")
+		_ = conn.Close()
+	}
 	// The other address is as open as ever.
 	wantImage(t, s.get("https://"+imageHost+directPath(im.name, im.labels, "aci")), im)
 }
@@ -182,6 +208,21 @@ func TestAccessThroughTheProxy(t *testing.T) {
 		}
 		n.Close()
 	}
+	// What was shown for a connection counts as long as it holds, and no longer.
+	code, out := s.cli("token", "add", "ci")
+	if code != 0 {
+		t.Fatal(out)
+	}
+	brief := strings.TrimSpace(out)
+	proxy := must(url.Parse(s.plain()))(t)
+	proxy.User = url.UserPassword("ci", brief)
+	n := node.New(node.Options{CAs: s.nodeCAs, Proxy: proxy, Resolve: s.resolve})
+	defer n.Close()
+	eventually(t, "the new token counts", func() bool { return n.Get(s.context(), target, nil, nil).Status == http.StatusOK })
+	if code, out := s.cli("token", "revoke", strings.Split(brief, "_")[1]); code != 0 {
+		t.Fatal(out)
+	}
+	eventually(t, "the connection is nobody's any more", func() bool { return n.Get(s.context(), target, nil, nil).Status == http.StatusUnauthorized })
 	// A whole URL, in plain http: 407, and the proxy's own field.
 	conn := must(dialLoopback(s.context(), "tcp", s.server().address("http")))(t)
 	defer conn.Close()

@@ -36,6 +36,12 @@ func TestReload(t *testing.T) {
 	reload(0, "access.rules: [] → [", "stop_grace: ", "17s (needs a restart)", "reloaded, 2 changes")
 	wantProblem(t, s.get(s.direct(im, "aci")), http.StatusUnauthorized, "credentials-needed")
 
+	// A password in the URL of a proxy is not told.
+	s.configure("access: {rules: [{prefix: example.org, read: [anyone]}]}\nstop_grace: 17s\npublishers: [{prefix: example.com, ca_file: $CA, proxy: 'http://user:hush-hush@127.0.0.1:1'}]")
+	if code, out := s.cli("reload"); code != 0 || !strings.Contains(out, "publishers: ") || strings.Contains(out, "hush") {
+		t.Errorf("acproxy reload: %d, %s", code, out)
+	}
+
 	// Something wrong: nothing changes, whether in the file itself or in one that it names.
 	s.configure("access: {rules: [{prefix: \"\", read: [anyone]}], users_file: $DIR/users}")
 	s.write("users", []byte("alice:plain"))
