@@ -429,7 +429,14 @@ func TestListing(t *testing.T) {
 	d := open(t, t.TempDir(), cache.Options{})
 	for _, s := range []string{"example.com/b 2", "example.com/b 1", "example.com/apple 1", "example.com/app 1", "example.com/app/web 1", "a.org/x 1"} {
 		name, version, _ := strings.Cut(s, " ")
-		if err := cachetest.Commit(t.Context(), d, cachetest.NewImage(name, version, 10)); err != nil {
+		size := 10
+		switch name {
+		case "example.com/b":
+			size = 300
+		case "example.com/app":
+			size = 20
+		}
+		if err := cachetest.Commit(t.Context(), d, cachetest.NewImage(name, version, size)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -448,6 +455,12 @@ func TestListing(t *testing.T) {
 		{"quarantined", cache.Filter{State: cache.Quarantined}, "example.com/apple:1"},
 		{"good ones", cache.Filter{State: cache.OK, Prefix: "example.com"}, "example.com/app:1 example.com/app/web:1 example.com/b:1 example.com/b:2"},
 		{"none", cache.Filter{Prefix: "example.org"}, ""},
+		{"part of a name", cache.Filter{Contains: "PPLE"}, "example.com/apple:1"},
+		{"part of a name and version", cache.Filter{Contains: "b:2"}, "example.com/b:2"},
+		{"by name, the last first", cache.Filter{Reverse: true}, "example.com/b:2 example.com/b:1 example.com/apple:1 example.com/app/web:1 example.com/app:1 a.org/x:1"},
+		{"by size", cache.Filter{Sort: cache.BySize, Prefix: "example.com"}, "example.com/app/web:1 example.com/apple:1 example.com/app:1 example.com/b:1 example.com/b:2"},
+		{"by size, the largest first", cache.Filter{Sort: cache.BySize, Reverse: true, Prefix: "example.com"}, "example.com/b:2 example.com/b:1 example.com/app:1 example.com/apple:1 example.com/app/web:1"},
+		{"the latest first", cache.Filter{Sort: cache.ByFetched, Reverse: true, State: cache.Quarantined}, "example.com/apple:1"},
 	} {
 		for limit := range 4 {
 			t.Run(fmt.Sprintf("%s, %d at once", tt.name, limit), func(t *testing.T) {
@@ -470,6 +483,9 @@ func TestListing(t *testing.T) {
 	}
 	if _, _, err := d.Images(cache.Filter{}, "zz", 1); !errors.Is(err, acproxy.ErrInvalid) {
 		t.Errorf("Images after nonsense = %v, want ErrInvalid", err)
+	}
+	if _, _, err := d.Images(cache.Filter{Sort: "colour"}, "", 1); !errors.Is(err, acproxy.ErrInvalid) {
+		t.Errorf("Images by colour = %v, want ErrInvalid", err)
 	}
 }
 

@@ -532,56 +532,6 @@ func (d *Disk) Uninspected() ([]Record, error) {
 	}, func(r Record) bool { return !r.Quarantined() })
 }
 
-// A Filter chooses images to list. The zero Filter chooses all.
-type Filter struct {
-	Prefix string // of names, by segments
-	State  State  // "" means any
-}
-
-// Images returns up to limit images, 0 for all, by name and version: those after the place that the call before returned, "" for the first call. It
-// returns "" as the next place when there are no more.
-func (d *Disk) Images(filter Filter, after string, limit int) (records []Record, next string, err error) {
-	from, err := hex.DecodeString(after)
-	if err != nil {
-		return nil, "", acproxy.Invalid("%.64q is not a place in the list of images", after)
-	}
-	prefix := strings.TrimSuffix(filter.Prefix, "/")
-	err = d.on(func(ix *index) error {
-		records, next = nil, ""
-		last := after
-		return ix.each(bucketNames, []byte(prefix), from, func(key, _ []byte) error {
-			if bytes.Equal(key, from) {
-				return nil
-			}
-			if limit > 0 && len(records) == limit {
-				next = last
-				return errEnough
-			}
-			digest, err := digestIn(key)
-			if err != nil {
-				return err
-			}
-			rec, ok, err := ix.named(key, digest)
-			switch {
-			case err != nil:
-				return err
-			case !ok:
-				// It was removed in between.
-				return nil
-			case !acproxy.HasPrefix(rec.Name, prefix), filter.State != "" && filter.State != rec.State:
-				return nil
-			}
-			last = hex.EncodeToString(key)
-			records = append(records, rec)
-			return nil
-		})
-	})
-	for i := range records {
-		d.useTouched(&records[i])
-	}
-	return records, next, err
-}
-
 // named returns the record that a row of names stands for, with the time of its last use as it was last written.
 func (x *index) named(key []byte, digest acproxy.Digest) (rec Record, ok bool, err error) {
 	err = x.look(func(l *look) (err error) {

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/acproxy/acproxy"
@@ -25,6 +26,8 @@ type flight struct {
 	ref    acproxy.Ref
 	have   acproxy.Digest // what is held for the ref and being refreshed; zero if nothing is
 	client string         // who asked first
+	began  time.Time
+	asking atomic.Bool // its turn has come
 	// keyring is the ID of the keys at the beginning. What was decided by them must not be remembered for others.
 	keyring string
 	// endpoints are the URLs that the publisher's templates give for the image, in its order.
@@ -115,7 +118,7 @@ func (f *Fetcher) join(req Request, have acproxy.Digest) (fl *flight, joined boo
 		f.mu.Unlock()
 		return fl, true
 	}
-	fl = &flight{ref: ref, have: have, client: req.Client, keyring: keyring, landed: make(chan struct{})}
+	fl = &flight{ref: ref, have: have, client: req.Client, began: f.now(), keyring: keyring, landed: make(chan struct{})}
 	f.flights[ref] = fl
 	f.mu.Unlock()
 	// Ends when the flight does; Close cancels it and waits for it.
@@ -137,6 +140,7 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 		// Whose bytes come with another flight needs no place of its own.
 		leave = sync.OnceFunc(leave)
 		defer leave()
+		fl.asking.Store(true)
 		fl.download, err = f.locate(ctx, fl, &trace)
 	}
 	if err != nil {

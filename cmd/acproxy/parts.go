@@ -207,7 +207,11 @@ func guardConfig(cfg *config.Config, log *slog.Logger) (out access.Config, err e
 		}
 	}
 	for _, rule := range cfg.Access.Rules {
-		out.Rules = append(out.Rules, access.Rule{Prefix: rule.Prefix, Read: rule.Read})
+		may := make(map[access.Right][]string)
+		for right, names := range rule.Rights() {
+			may[access.Right(right)] = names
+		}
+		out.Rules = append(out.Rules, access.Rule{Prefix: rule.Prefix, May: may})
 	}
 	return out, nil
 }

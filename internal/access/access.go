@@ -45,18 +45,32 @@ type Identity struct {
 	By   Method
 }
 
-// A Rule says who may read the images under a prefix, by whole segments of their names.
+// A Right is something that a client may do with images.
+type Right string
+
+// The rights.
+const (
+	Read   Right = "read"   // have them, and know that there are any
+	Pin    Right = "pin"    // keep them from being evicted, and let them be again
+	Delete Right = "delete" // remove them
+	Admin  Right = "admin"  // all of that; for every image, whatever is about the server as a whole
+)
+
+// Rights are all of them.
+func Rights() []Right { return []Right{Read, Pin, Delete, Admin} }
+
+// A Rule says who may do what with the images under a prefix, by whole segments of their names.
 type Rule struct {
-	Prefix string   // "" is every image
-	Read   []string // names of clients, [Anyone] or [Known]
+	Prefix string             // "" is every image
+	May    map[Right][]string // names of clients, [Anyone] or [Known]
 }
 
 // Config is what a Guard works with.
 type Config struct {
 	Users  *Users  // nil means that there are none
 	Tokens *Tokens // nil means that there are none
-	// Rules say who may read what; the longest prefix that covers a name decides alone, and what none covers nobody may read. Without any rules anybody may
-	// read everything.
+	// Rules say who may do what; the longest prefix that covers a name decides alone, and what none covers nobody may. Without any rules anybody may read
+	// everything, and do nothing else.
 	Rules []Rule
 	Now   func() time.Time // nil means time.Now
 }
@@ -87,19 +101,23 @@ func (g *Guard) Change(cfg Config) {
 	g.cfg.Store(&cfg)
 }
 
-// MayRead reports whether a client may have the images of a name, and know that there are any.
-func (g *Guard) MayRead(who Identity, name string) bool {
+// May reports whether a client has a right to the images of a name. The name "" asks for what is about the server as a whole, which only rules for every image
+// give.
+func (g *Guard) May(who Identity, right Right, name string) bool {
 	rules := g.cfg.Load().Rules
 	if len(rules) == 0 {
-		return true
+		return right == Read
 	}
 	for _, rule := range rules {
-		if acproxy.HasPrefix(name, rule.Prefix) {
-			return covers(rule.Read, who)
+		if rule.Prefix == "" || acproxy.HasPrefix(name, rule.Prefix) {
+			return covers(rule.May[right], who) || covers(rule.May[Admin], who)
 		}
 	}
 	return false
 }
+
+// Open reports whether there are no rules, so that anybody may read everything.
+func (g *Guard) Open() bool { return len(g.cfg.Load().Rules) == 0 }
 
 // covers reports whether a list of names covers a client.
 func covers(names []string, who Identity) bool {

@@ -53,12 +53,14 @@ func basic(user, password string) string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+password))
 }
 
+func reads(names ...string) map[Right][]string { return map[Right][]string{Read: names} }
+
 func TestMayRead(t *testing.T) {
 	rules := []Rule{
-		{"", []string{Known}},
-		{"example.com/open", []string{Anyone}},
-		{"example.com/secret", []string{"alice", "ci"}},
-		{"example.com/secret/most", []string{"alice"}},
+		{"", reads(Known)},
+		{"example.com/open", reads(Anyone)},
+		{"example.com/secret", reads("alice", "ci")},
+		{"example.com/secret/most", reads("alice")},
 		{"example.com/none", nil},
 	}
 	nobody, alice, bob := Identity{}, Identity{"alice", Basic}, Identity{"bob", Bearer}
@@ -80,10 +82,46 @@ func TestMayRead(t *testing.T) {
 		{"the longest prefix decides alone", rules, Identity{"ci", Bearer}, "example.com/secret/most/app", false},
 		{"a rule that names nobody", rules, alice, "example.com/none", false},
 		{"no rule covers it", rules[1:], alice, "example.org/app", false},
-		{"a client called anyone is nobody's wildcard", []Rule{{"", []string{"alice"}}}, Identity{Anyone, Certificate}, "example.com/app", false},
+		{"a client called anyone is nobody's wildcard", []Rule{{"", reads("alice")}}, Identity{Anyone, Certificate}, "example.com/app", false},
 	} {
-		if got := New(Config{Rules: tt.rules}).MayRead(tt.who, tt.name); got != tt.want {
-			t.Errorf("%s: MayRead(%v, %s) = %v, want %v", tt.what, tt.who, tt.name, got, tt.want)
+		if got := New(Config{Rules: tt.rules}).May(tt.who, Read, tt.name); got != tt.want {
+			t.Errorf("%s: May(%v, %s) = %v, want %v", tt.what, tt.who, tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestMayOtherThings(t *testing.T) {
+	all := []Rule{
+		{"", map[Right][]string{Read: {Anyone}, Pin: {"ci"}, Admin: {"root"}}},
+		{"example.com/team", map[Right][]string{Read: {Known}, Pin: {Known}, Delete: {"lead"}}},
+	}
+	for _, tt := range []struct {
+		what  string
+		rules []Rule
+		who   string
+		right Right
+		name  string
+		want  bool
+	}{
+		{"without rules nobody changes anything", nil, "root", Pin, "example.com/app", false},
+		{"without rules nobody administers", nil, "root", Admin, "", false},
+		{"without rules anybody may look at the server", nil, "", Read, "", true},
+		{"a right of one's own", all, "ci", Pin, "example.com/app", true},
+		{"which is no other one", all, "ci", Delete, "example.com/app", false},
+		{"nor for the server", all, "ci", Admin, "", false},
+		{"who administers may do everything", all, "root", Delete, "example.com/app", true},
+		{"and all of the server", all, "root", Admin, "", true},
+		{"but where a longer prefix decides", all, "root", Delete, "example.com/team/app", false},
+		{"known", all, "ci", Pin, "example.com/team/app", true},
+		{"by name", all, "lead", Delete, "example.com/team/app", true},
+		{"a rule for a prefix is none for the server", all[1:], "lead", Read, "", false},
+	} {
+		who := Identity{}
+		if tt.who != "" {
+			who = Identity{tt.who, Bearer}
+		}
+		if got := New(Config{Rules: tt.rules}).May(who, tt.right, tt.name); got != tt.want {
+			t.Errorf("%s: May(%v, %s, %q) = %v, want %v", tt.what, who, tt.right, tt.name, got, tt.want)
 		}
 	}
 }

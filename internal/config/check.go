@@ -99,8 +99,9 @@ func (c *Config) checkListen(r *report) {
 	if len(c.Listen) == 0 && !r.broken("listen") {
 		r.value("listen", "there is no address to serve at: write one, as in - address: 127.0.0.1:8080, or remove the key for that default")
 	}
-	for i, l := range c.Listen {
-		path := index("listen", i)
+	all := c.listeners()
+	for i, l := range all {
+		path := l.path
 		if r.broken(path) {
 			continue
 		}
@@ -108,9 +109,9 @@ func (c *Config) checkListen(r *report) {
 			r.value(path+".address", "%s", problem)
 			continue
 		}
-		for j, earlier := range c.Listen[:i] {
+		for _, earlier := range all[:i] {
 			if checkListenAddress(earlier.Address) == "" && overlap(l.Address, earlier.Address) {
-				r.value(path+".address", "%s is taken by listen[%d] (%s) already: give another port, or remove one", l.Address, j, earlier.Address)
+				r.value(path+".address", "%s is taken by %s (%s) already: give another port, or remove one", l.Address, earlier.path, earlier.Address)
 				break
 			}
 		}
@@ -126,8 +127,26 @@ func (c *Config) checkListen(r *report) {
 		case l.TLS != TLSFiles && l.KeyFile != "":
 			r.key(path+".key_file", "a key_file is used with tls: files only, and this is tls: %s: write tls: files, or remove it", l.TLS)
 		}
-		c.checkAuth(r, path, l)
+		c.checkAuth(r, path, l.Listen)
 	}
+}
+
+// listener is an address that is listened at, for nodes or for operators.
+type listener struct {
+	path string
+	Listen
+}
+
+// listeners returns all of them.
+func (c *Config) listeners() []listener {
+	var all []listener
+	for i, l := range c.Listen {
+		all = append(all, listener{index("listen", i), l})
+	}
+	for i, l := range c.Admin.Listen {
+		all = append(all, listener{index("admin.listen", i), l.Front()})
+	}
+	return all
 }
 
 // checkAuth checks how clients are to show who they are at one address.
@@ -164,9 +183,11 @@ func (c *Config) checkAccess(r *report) {
 			r.value(path+".prefix", "access.rules[%d] is about this prefix already: put both into one", earlier)
 		}
 		seen[prefix] = i
-		for j, name := range rule.Read {
-			if name == "" || strings.ContainsAny(name, " :") {
-				r.value(index(path+".read", j), "%q is no name: write that of a user, of a client with a token or of a certificate, known, or anyone", clip(name))
+		for right, names := range rule.Rights() {
+			for j, name := range names {
+				if name == "" || strings.ContainsAny(name, " :") {
+					r.value(index(path+"."+right, j), "%q is no name: write that of a user, of a client with a token or of a certificate, known, or anyone", clip(name))
+				}
 			}
 		}
 	}
@@ -710,10 +731,12 @@ func (c *Config) paths() []pathValue {
 		{"access.tokens_file", &c.Access.TokensFile},
 	}
 	for i := range c.Listen {
-		all = append(all, pathValue{index("listen", i) + ".cert_file", &c.Listen[i].CertFile}, pathValue{index("listen", i) + ".key_file", &c.Listen[i].KeyFile})
+		at, l := index("listen", i), &c.Listen[i]
+		all = append(all, pathValue{at + ".cert_file", &l.CertFile}, pathValue{at + ".key_file", &l.KeyFile}, pathValue{at + ".client_ca_file", &l.ClientCAFile})
 	}
-	for i := range c.Listen {
-		all = append(all, pathValue{index("listen", i) + ".client_ca_file", &c.Listen[i].ClientCAFile})
+	for i := range c.Admin.Listen {
+		at, l := index("admin.listen", i), &c.Admin.Listen[i]
+		all = append(all, pathValue{at + ".cert_file", &l.CertFile}, pathValue{at + ".key_file", &l.KeyFile}, pathValue{at + ".client_ca_file", &l.ClientCAFile})
 	}
 	for i := range c.Credentials.RktDirs {
 		all = append(all, pathValue{index("credentials.rkt_dirs", i), &c.Credentials.RktDirs[i]})
@@ -759,27 +782,27 @@ func (c *Config) checkFiles(r *report) {
 	if n := len(c.Admin.Socket); n > maxSocketPath {
 		r.value("admin.socket", "%s is %d bytes long, a socket's path may have %d: write a shorter one", clip(c.Admin.Socket), n, maxSocketPath)
 	}
-	for i, l := range c.Listen {
-		if l.TLS != TLSFiles || r.broken(index("listen", i)) {
+	for _, l := range c.listeners() {
+		if l.TLS != TLSFiles || r.broken(l.path) {
 			continue
 		}
 		cert, errCert := readPEM(l.CertFile)
 		if errCert != nil {
-			r.value(index("listen", i)+".cert_file", "%v", errCert)
+			r.value(l.path+".cert_file", "%v", errCert)
 		}
 		key, errKey := readPEM(l.KeyFile)
 		if errKey != nil {
-			r.value(index("listen", i)+".key_file", "%v", errKey)
+			r.value(l.path+".key_file", "%v", errKey)
 		}
 		if errCert != nil || errKey != nil {
 			continue
 		}
 		if _, err := tls.X509KeyPair(cert, key); err != nil {
-			r.value(index("listen", i)+".key_file", "it does not go with %s: %s; give the key and the certificate, both in PEM", l.CertFile, strings.TrimPrefix(err.Error(), "tls: "))
+			r.value(l.path+".key_file", "it does not go with %s: %s; give the key and the certificate, both in PEM", l.CertFile, strings.TrimPrefix(err.Error(), "tls: "))
 		}
 	}
-	for i, l := range c.Listen {
-		checkCAFile(r, index("listen", i)+".client_ca_file", l.ClientCAFile)
+	for _, l := range c.listeners() {
+		checkCAFile(r, l.path+".client_ca_file", l.ClientCAFile)
 	}
 	for i, p := range c.Publishers {
 		checkCAFile(r, index("publishers", i)+".ca_file", p.CAFile)

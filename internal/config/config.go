@@ -199,16 +199,61 @@ type AccessRule struct {
 	// Who may have these images, and know that there are any: names of users, of clients with tokens and of certificates, known for whoever has shown who he
 	// is, or anyone.
 	Read []string `yaml:"read" required:"known"`
+
+	// Who may keep them from being evicted, and let them be again, by the API. Whoever may use admin.socket may do everything.
+	Pin []string `yaml:"pin"`
+
+	// Who may remove them, by the API.
+	Delete []string `yaml:"delete"`
+
+	// Who may do all of that. In the rule for every name: who may see and change what is about the server as a whole, too.
+	Admin []string `yaml:"admin"`
 }
 
-// Admin is the socket for commands.
+// Rights returns the lists of names by the keys that they stand under.
+func (r AccessRule) Rights() map[string][]string {
+	return map[string][]string{"read": r.Read, "pin": r.Pin, "delete": r.Delete, "admin": r.Admin}
+}
+
+// Admin is how operators, and acproxy's own commands, look into a running server.
 type Admin struct {
+	// Addresses that have the API (/api/v1), and the page for operators. What is here must not be at an address of listen. What is about an image needs a right to
+	// it, and what is about the server as a whole needs admin in the rule for every name, once there is a rule in access.rules. Without any rule everybody may
+	// look, and nobody may change anything here. Empty: the socket alone.
+	Listen []AdminListen `yaml:"listen"`
+
 	// Path of the unix socket, at most 107 bytes. Empty: admin.sock in data_dir.
 	Socket string `yaml:"socket"`
 
 	// Address at which Prometheus gets the metrics (/metrics), and probes /healthz and /readyz, such as 127.0.0.1:9404. Nothing else is there, and nobody is asked
 	// who he is. Empty: on the socket alone.
 	Metrics string `yaml:"metrics"`
+}
+
+// An AdminListen is an address that has the API and the page for operators.
+type AdminListen struct {
+	// Address and port, as in listen.
+	Address string `yaml:"address" required:"127.0.0.1:8081"`
+
+	// Whether and with which certificates TLS is spoken, as in listen.
+	TLS string `yaml:"tls" oneof:"none local-ca files"`
+
+	// The certificate and the chain above it, as in listen.
+	CertFile string `yaml:"cert_file"`
+
+	// The certificate's private key, as in listen.
+	KeyFile string `yaml:"key_file"`
+
+	// Certificate authorities whose certificates clients may show, as in listen.
+	ClientCAFile string `yaml:"client_ca_file"`
+
+	// How clients may show who they are, as in listen.
+	Auth []string `yaml:"auth" oneof:"anonymous basic bearer certificate"`
+}
+
+// Front returns it as an address like any other.
+func (l AdminListen) Front() Listen {
+	return Listen{Address: l.Address, TLS: l.TLS, CertFile: l.CertFile, KeyFile: l.KeyFile, ClientCAFile: l.ClientCAFile, Auth: l.Auth}
 }
 
 // CA is where the local certificate authority is.
@@ -612,6 +657,7 @@ type Publisher struct {
 func Default() Config {
 	return Config{
 		Listen: []Listen{defaultListen()},
+		Admin:  Admin{Listen: []AdminListen{defaultAdminListen()}},
 		Clients: Clients{
 			HeaderTimeout: seconds(10),
 			IdleTimeout:   minutes(2),
@@ -702,6 +748,11 @@ func Default() Config {
 func defaultListen() Listen {
 	return Listen{Address: "127.0.0.1:8080", TLS: TLSNone, Proxy: true}
 }
+
+// DefaultAdminAddress is where the page for operators is unless the configuration says otherwise.
+const DefaultAdminAddress = "127.0.0.1:8081"
+
+func defaultAdminListen() AdminListen { return AdminListen{Address: DefaultAdminAddress, TLS: TLSNone} }
 
 // PublisherFor returns the settings for an image name, all of them: those of the longest prefix that covers it, completed by
 // [Config.Inherit]. Its Prefix is "" if none does.

@@ -428,7 +428,11 @@ func table(b *strings.Builder, words map[string]string, path string, v reflect.V
 		case isSection(field.Type):
 			table(b, words, below, v.FieldByIndex(field.Index))
 		case hasTable(field.Type):
-			table(b, words, below+"[]", reflect.Zero(field.Type.Elem()))
+			value := reflect.Zero(field.Type.Elem())
+			if field.Type.Elem() == reflect.TypeFor[AdminListen]() {
+				value = reflect.ValueOf(defaultAdminListen())
+			}
+			table(b, words, below+"[]", value)
 		}
 	}
 }

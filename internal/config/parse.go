@@ -266,8 +266,11 @@ func (d decoder) decodeList(path string, n ast.Node, v reflect.Value, oneof stri
 	list := reflect.MakeSlice(v.Type(), len(sequence.Values), len(sequence.Values))
 	for i, value := range sequence.Values {
 		element := list.Index(i)
-		if l, ok := element.Addr().Interface().(*Listen); ok {
+		switch l := element.Addr().Interface().(type) {
+		case *Listen:
 			*l = defaultListen()
+		case *AdminListen:
+			*l = defaultAdminListen()
 		}
 		at := path + "[" + strconv.Itoa(i) + "]"
 		if _, null := value.(*ast.NullNode); null {

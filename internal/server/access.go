@@ -64,11 +64,11 @@ func (s *Server) mayRead(w http.ResponseWriter, r *http.Request, name string) er
 // reads reports whether a client may have the images of a name, and know of them.
 func (s *Server) reads(w http.ResponseWriter, r *http.Request, name string) bool {
 	guard := s.cfg.Guard
-	if guard == nil || guard.MayRead(access.Identity{}, name) {
+	if guard == nil || guard.May(access.Identity{}, access.Read, name) {
 		return true
 	}
 	who, _ := s.identify(w, r)
-	if !guard.MayRead(who, name) {
+	if !guard.May(who, access.Read, name) {
 		return false
 	}
 	if rec, ok := w.(*recorder); ok {

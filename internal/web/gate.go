@@ -245,14 +245,15 @@ func (h *host) refuseWaiting(wanted func(*turn) bool, why func() error) {
 	}
 }
 
-// answered tells of the head of the host's answer.
-func (t *turn) answered(resp *http.Response) {
+// answered tells of the head of the host's answer, and how long it took to come.
+func (t *turn) answered(resp *http.Response, took time.Duration) {
 	g := t.gate
 	now, random := g.now(), g.random()
 	status := statusText(resp.StatusCode)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	h := t.host
+	h.took(took, resp.StatusCode >= http.StatusInternalServerError)
 	if resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable {
 		if until := now.Add(min(RetryAfter(resp, now), g.limits.MaxRetryAfter)); until.After(now) && until.After(h.resting) {
 			h.resting, h.why = until, status
@@ -289,6 +290,9 @@ func (t *turn) fault(err error, f failure) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if f.kind == acproxy.ErrPublisher || f.kind == acproxy.ErrTimeout {
+		if t.host.failures++; f.file == 0 {
+			t.host.requests++ // that wasn't counted when its answer began
+		}
 		g.failed(t, f, random)
 	} else {
 		t.breaker.abandoned(t.round, t.probe)

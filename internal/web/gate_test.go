@@ -345,7 +345,7 @@ func TestManyLoseInterest(t *testing.T) {
 					case 1:
 						turn.unanswered(context.Canceled, "")
 					default:
-						turn.answered(answer(200))
+						turn.answered(answer(200), 0)
 						turn.ended()
 					}
 				} else if !errors.Is(err, acproxy.ErrBusy) && !errors.Is(err, context.Canceled) {
@@ -462,7 +462,7 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 					value = time.Now().Add(30 * time.Second).UTC().Format(http.TimeFormat)
 				}
 				turn := enter(t, g, small("/"))
-				turn.answered(answer(tt.status, "Retry-After", value))
+				turn.answered(answer(tt.status, "Retry-After", value), 0)
 				turn.ended()
 				if tt.want == 0 {
 					enter(t, g, small("/")).ended()
@@ -493,7 +493,7 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 			g := testGate(l)
 			turns := []*turn{enter(t, g, small("/")), enter(t, g, small("/")), enter(t, g, small("/"))}
 			for i, value := range []string{"10", "60", "30"} {
-				turns[i].answered(answer(429, "Retry-After", value))
+				turns[i].answered(answer(429, "Retry-After", value), 0)
 			}
 			if e := turnedAway(t, g, small("/"), acproxy.ErrPublisher, "publisher-resting"); e.RetryAfter != time.Minute {
 				t.Errorf("RetryAfter = %v, want a minute", e.RetryAfter)
@@ -516,7 +516,7 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 			}
 			synctest.Wait()
 			began := time.Now()
-			first.answered(answer(503, "Retry-After", "60"))
+			first.answered(answer(503, "Retry-After", "60"), 0)
 			for range 2 {
 				if err := <-errs; codeOf(err) != "publisher-resting" || time.Since(began) != 0 {
 					t.Errorf("error = %v after %v", err, time.Since(began))
@@ -572,7 +572,7 @@ func TestHostIsDown(t *testing.T) {
 		if s := state(g); s.Breakers[0].State != BreakerHalfOpen {
 			t.Errorf("with a probe on its way: %+v", s)
 		}
-		probe.answered(answer(404))
+		probe.answered(answer(404), 0)
 		if s := state(g); s.Open() || len(s.Breakers) != 0 {
 			t.Errorf("after the probe: %+v", s)
 		}
@@ -590,7 +590,7 @@ func TestWhatCounts(t *testing.T) {
 	timeout := &acproxy.Error{Kind: acproxy.ErrTimeout, Code: "publisher-timeout"}
 	cut := &acproxy.Error{Kind: acproxy.ErrPublisher, Code: "publisher-cut"}
 	status := func(status int) func(*turn) {
-		return func(t *turn) { t.answered(answer(status)); t.ended() }
+		return func(t *turn) { t.answered(answer(status), 0); t.ended() }
 	}
 	tests := []struct {
 		name string
@@ -613,14 +613,14 @@ func TestWhatCounts(t *testing.T) {
 		{"404", status(404), nil},
 		{"429", status(429), nil},
 		{"600", status(600), nil},
-		{"a body that stalls", func(t *turn) { t.answered(answer(200)); t.brokeOff(timeout, "") }, acproxy.ErrTimeout},
-		{"a body that is cut", func(t *turn) { t.answered(answer(200)); t.brokeOff(cut, "") }, acproxy.ErrPublisher},
-		{"a body that is closed early", func(t *turn) { t.answered(answer(200)); t.dropped() }, nil},
+		{"a body that stalls", func(t *turn) { t.answered(answer(200), 0); t.brokeOff(timeout, "") }, acproxy.ErrTimeout},
+		{"a body that is cut", func(t *turn) { t.answered(answer(200), 0); t.brokeOff(cut, "") }, acproxy.ErrPublisher},
+		{"a body that is closed early", func(t *turn) { t.answered(answer(200), 0); t.dropped() }, nil},
 		{"refused by the dial rules", func(t *turn) { t.unanswered(&acproxy.Error{Kind: acproxy.ErrRefused}, "") }, nil},
 		{"cancelled", func(t *turn) { t.unanswered(context.Canceled, "") }, nil},
 		{"the caller's time is over", func(t *turn) { t.unanswered(fmt.Errorf("asking: %w", context.DeadlineExceeded), "") }, nil},
-		{"cancelled in the body", func(t *turn) { t.answered(answer(200)); t.brokeOff(context.Canceled, "") }, nil},
-		{"a bad answer counts once, its body isn't asked for", func(t *turn) { t.answered(answer(503)); t.brokeOff(cut, "") }, acproxy.ErrPublisher},
+		{"cancelled in the body", func(t *turn) { t.answered(answer(200), 0); t.brokeOff(context.Canceled, "") }, nil},
+		{"a bad answer counts once, its body isn't asked for", func(t *turn) { t.answered(answer(503), 0); t.brokeOff(cut, "") }, acproxy.ErrPublisher},
 	}
 	for _, tt := range tests {
 		synctest.Test(t, func(t *testing.T) {
@@ -651,14 +651,14 @@ func TestOneBadFile(t *testing.T) {
 		g := testGate(breaking(2))
 		for range 100 {
 			turn := enter(t, g, image("/bad"))
-			turn.answered(answer(200))
+			turn.answered(answer(200), 0)
 			turn.brokeOff(cut, "cut")
 			turn = enter(t, g, image("/bad"))
-			turn.answered(answer(500))
+			turn.answered(answer(500), 0)
 			turn.ended()
 		}
 		turn := enter(t, g, image("/worse"))
-		turn.answered(answer(200))
+		turn.answered(answer(200), 0)
 		turn.brokeOff(cut, "cut")
 		turnedAway(t, g, image("/good"), acproxy.ErrPublisher, "publisher-down")
 	})
@@ -688,7 +688,7 @@ func TestOneProbe(t *testing.T) {
 					through.Add(1)
 					<-release
 					if back {
-						turn.answered(answer(200))
+						turn.answered(answer(200), 0)
 						turn.ended()
 					} else {
 						turn.unanswered(unreachable, "refused")
@@ -730,7 +730,7 @@ func TestOneProbe(t *testing.T) {
 			}
 			other.ended()
 			probe := enter(t, g, small("/"))
-			probe.answered(answer(200))
+			probe.answered(answer(200), 0)
 			probe.ended()
 			if s := state(g); s.Open() {
 				t.Errorf("%+v", s)
@@ -816,7 +816,7 @@ func TestHostsAreForgotten(t *testing.T) {
 			fails(t, g, at(-2))
 			fails(t, g, at(-2))
 			resting := enter(t, g, at(-3))
-			resting.answered(answer(429, "Retry-After", "3600"))
+			resting.answered(answer(429, "Retry-After", "3600"), 0)
 			resting.ended()
 			for i := range 10 * maxHosts {
 				// Names that don't exist, perhaps.
@@ -874,7 +874,7 @@ func TestHostsAreForgotten(t *testing.T) {
 			}
 			fails(t, g, at(3))
 			turn := enter(t, g, at(4))
-			turn.answered(answer(503, "Retry-After", "3600"))
+			turn.answered(answer(503, "Retry-After", "3600"), 0)
 			turn.ended()
 			inUse := enter(t, g, at(5))
 			names := func() string {
@@ -970,15 +970,15 @@ func modelled(t *testing.T, seed uint64) {
 		case 0:
 			turn.unanswered(unreachable, "refused")
 		case 1:
-			turn.answered(answer(503, "Retry-After", fmt.Sprint(random.IntN(10))))
+			turn.answered(answer(503, "Retry-After", fmt.Sprint(random.IntN(10))), 0)
 			turn.ended()
 		case 2:
-			turn.answered(answer(200))
+			turn.answered(answer(200), 0)
 			turn.brokeOff(unreachable, "cut")
 		case 3:
 			turn.dropped()
 		default:
-			turn.answered(answer(200))
+			turn.answered(answer(200), 0)
 			turn.ended()
 		}
 		synctest.Wait()

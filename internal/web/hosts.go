@@ -35,6 +35,23 @@ type host struct {
 	why          string        // the status with which it did
 	breakers     map[string]*breaker
 	used         time.Time
+
+	requests, failures int64         // answered and not, since it is remembered
+	latency            time.Duration // until the head of an answer, lately
+}
+
+// took notes how a request ended, and how long its answer took to begin.
+func (h *host) took(d time.Duration, failed bool) {
+	h.requests++
+	if failed {
+		h.failures++
+		return
+	}
+	if h.latency == 0 {
+		h.latency = d
+	}
+	// A fifth of each new one, so that about the last ten count.
+	h.latency += (d - h.latency) / 5
 }
 
 // resters returns why a host isn't asked that wants to be left alone.
@@ -148,13 +165,17 @@ func (h *host) atRest(now time.Time) bool {
 
 // A HostState is how things are with one host.
 type HostState struct {
-	Host         string         `json:"host"`        // scheme, host and port; the port is left out where it is the scheme's own
-	InProgress   int            `json:"in_progress"` // requests, until their bodies were read
-	Images       int            `json:"images"`      // how many of those are for images
-	Waiting      int            `json:"waiting"`     // requests whose turn hasn't come
-	RestingUntil time.Time      `json:"resting_until,omitzero"`
-	RestingWhy   string         `json:"resting_why,omitempty"` // the status with which it said that it wants to be left alone
-	Breakers     []BreakerState `json:"breakers,omitempty"`    // those under whose rules requests failed, by prefix
+	Host         string         `json:"host"`       // scheme, host and port; the port is left out where it is the scheme's own
+	InProgress   int            `json:"inProgress"` // requests, until their bodies were read
+	Images       int            `json:"images"`     // how many of those are for images
+	Waiting      int            `json:"waiting"`    // requests whose turn hasn't come
+	Requests     int64          `json:"requests"`   // that were made since the host is remembered, which is as long as it is asked every now and then
+	Failures     int64          `json:"failures"`   // how many of those had no answer, or one of 5xx
+	Latency      float64        `json:"latency"`    // seconds until the head of an answer, on average of about the last ten
+	Used         time.Time      `json:"used"`       // when it was last asked
+	RestingUntil time.Time      `json:"restingUntil,omitzero"`
+	RestingWhy   string         `json:"restingWhy,omitempty"` // the status with which it said that it wants to be left alone
+	Breakers     []BreakerState `json:"breakers,omitempty"`   // those under whose rules requests failed, by prefix
 }
 
 // Open reports whether a breaker keeps requests from the host.
@@ -177,8 +198,8 @@ type BreakerState struct {
 	Failures    int       `json:"failures"`       // in a row
 	Since       time.Time `json:"since,omitzero"` // when the host was found to be down
 	Until       time.Time `json:"until,omitzero"` // when it is asked again
-	LastError   string    `json:"last_error"`     // what the last failure was
-	LastFailure time.Time `json:"last_failure"`   // when
+	LastError   string    `json:"lastError"`      // what the last failure was
+	LastFailure time.Time `json:"lastFailure"`    // when
 }
 
 // states returns how things are, by the names of the hosts.
@@ -189,7 +210,7 @@ func (g *gate) states() []HostState {
 	g.sweep(now)
 	states := make([]HostState, 0, len(g.hosts))
 	for _, h := range g.hosts {
-		s := HostState{Host: h.name, InProgress: h.held, Images: h.images, Waiting: h.small.Len() + h.large.Len()}
+		s := HostState{Host: h.name, InProgress: h.held, Images: h.images, Waiting: h.small.Len() + h.large.Len(), Requests: h.requests, Failures: h.failures, Latency: h.latency.Seconds(), Used: h.used}
 		if now.Before(h.resting) {
 			s.RestingUntil, s.RestingWhy = h.resting, h.why
 		}

@@ -702,6 +702,9 @@ func TestDifferentRulesShareAHost(t *testing.T) {
 	if len(hosts) != 1 || hosts[0].Host != "https://example.com" || len(hosts[0].Breakers) != 1 || hosts[0].Breakers[0].Prefix != "example.com/bad" {
 		t.Errorf("Hosts = %+v", hosts)
 	}
+	if h := hosts[0]; h.Requests != 2 || h.Failures != 1 || h.Latency <= 0 || h.Used.IsZero() {
+		t.Errorf("Hosts = %+v, want 2 requests, 1 of them failed, and what the other took", h)
+	}
 	if err := ask("example.com/good", "/429"); err != nil {
 		t.Error(err)
 	}

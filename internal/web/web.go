@@ -480,7 +480,7 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 		return nil, nil, err
 	}
 	last.Status = resp.StatusCode
-	t.answered(resp)
+	t.answered(resp, last.Took)
 	return resp, t, nil
 }
 
