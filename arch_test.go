@@ -38,19 +38,22 @@ var layers = map[string][]string{
 	"internal/web":     {"."},
 	"internal/aci":     {"."},
 	"internal/audit":   {},
+	"internal/problem": {"."},
+	"internal/history": {"internal/durable"},
 	"internal/localca": {".", "internal/durable"},
 	"internal/config":  {"."},
 
 	// What stands on them.
 	"internal/credentials": {".", "internal/reread"},
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
-	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo"},
-	"internal/admin":       {".", "cache", "internal/web"},
-	"internal/metrics":     {"internal/server", ".", "cache", "trust", "fetch", "internal/web"},
+	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem"},
+	"internal/journal":     {"fetch"},
+	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/problem", "internal/web"},
+	"internal/metrics":     {"internal/server", "internal/history", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/reread", "internal/server", "internal/admin",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/reread", "internal/server", "internal/admin",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
@@ -73,6 +76,7 @@ var reserved = map[string][]string{
 	"github.com/ProtonMail/go-crypto": {"trust"},
 	"go.etcd.io/bbolt":                {"cache"},
 	"github.com/gorilla/mux":          {"internal/server", "internal/admin"},
+	"github.com/danielgtaylor/huma":   {"internal/admin"},
 	"github.com/patrickmn/go-cache":   {"discovery", "fetch"},
 	"github.com/goccy/go-yaml":        {"internal/config"},
 	"github.com/spf13/cobra":          {"cmd/acproxy"},

@@ -11,7 +11,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/acproxy/acproxy"
-	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/internal/admin"
+	"github.com/acproxy/acproxy/internal/config"
 )
 
 func newDiscover(o *options) *cobra.Command {
@@ -29,106 +30,44 @@ func newDiscover(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			shown, err := newCredentials(cfg, slog.Default())
-			if err != nil {
-				return err
+			found, err := discover(cmd.Context(), cfg, ref)
+			if found.Ref.IsZero() {
+				return err // nobody was asked
 			}
-			client, err := newWeb(cfg, "", shown)
-			if err != nil {
-				return err
-			}
-			defer client.Close()
-			finder := newFinder(cfg, client)
-			found, err := discoverAll(cmd.Context(), finder, ref)
 			if asJSON {
-				return errors.Join(printJSON(cmd.OutOrStdout(), found), silent(err), finder.Close())
+				return errors.Join(printJSON(cmd.OutOrStdout(), found), silent(err))
 			}
-			return errors.Join(found.print(cmd.OutOrStdout()), err, finder.Close())
+			return errors.Join(printDiscovered(cmd.OutOrStdout(), found), err)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }
 
-// discovered is what acproxy discover prints.
-type discovered struct {
-	Ref       acproxy.Ref   `json:"ref"`
-	Endpoints []endpoint    `json:"endpoints"`
-	Keys      []string      `json:"keys"`
-	Trace     acproxy.Trace `json:"trace"`
-	Error     string        `json:"error,omitempty"`
-}
-
-type endpoint struct {
-	Template  discovery.Template `json:"template"`
-	Image     string             `json:"image,omitempty"`
-	Signature string             `json:"signature,omitempty"`
-	Error     string             `json:"error,omitempty"` // why the template can't be used for this ref
-}
-
-// discoverAll walks for templates and for keys. What was found is returned with an error, too.
-func discoverAll(ctx context.Context, finder *discovery.Finder, ref acproxy.Ref) (discovered, error) {
-	out := discovered{Ref: ref, Endpoints: []endpoint{}, Keys: []string{}}
-	found, err := finder.Templates(ctx, ref.Name())
-	out.Trace = append(out.Trace, traceOf(found.Trace, err)...)
-	usable := 0
-	for _, t := range found.Templates {
-		e := endpoint{Template: t}
-		image, imageErr := t.Expand(ref, discovery.ExtImage)
-		signature, signatureErr := t.Expand(ref, discovery.ExtSignature)
-		if err := errors.Join(imageErr, signatureErr); err != nil {
-			e.Error = firstOf(imageErr, signatureErr).Error()
-		} else {
-			e.Image, e.Signature = image, signature
-			usable++
+// discover has the server that runs on the data directory ask, or asks itself when none does.
+func discover(ctx context.Context, cfg *config.Config, ref acproxy.Ref) (admin.Discovered, error) {
+	if server, err := admin.Dial(cfg.Admin.Socket); err == nil {
+		found, err := server.Discover(ctx, ref)
+		if err == nil && found.Error != "" {
+			err = errors.New(found.Error)
 		}
-		out.Endpoints = append(out.Endpoints, e)
+		return found, err
 	}
-	if err == nil && usable == 0 {
-		err = &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-template", Detail: fmt.Sprintf("none of the publisher's templates can be filled in with the labels of %v", ref)}
-	}
-	keys, keysErr := finder.Keys(ctx, ref.Name())
-	out.Trace = append(out.Trace, traceOf(keys.Trace, keysErr)...)
-	out.Keys = append(out.Keys, keys.Keys...)
-	// A publisher without keys is no failure of discovery: they may have come another way.
-	if err == nil && !errors.Is(keysErr, acproxy.ErrNotFound) {
-		err = keysErr
-	}
+	shown, err := newCredentials(cfg, slog.Default())
 	if err != nil {
-		out.Error = err.Error()
+		return admin.Discovered{}, err
 	}
-	return out, withoutTrace(err)
+	client, err := newWeb(cfg, "", shown)
+	if err != nil {
+		return admin.Discovered{}, err
+	}
+	defer client.Close()
+	finder := newFinder(cfg, client)
+	found, err := admin.Discover(ctx, finder, ref)
+	return found, errors.Join(err, finder.Close())
 }
 
-func firstOf(errs ...error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func traceOf(trace acproxy.Trace, err error) acproxy.Trace {
-	var e *acproxy.Error
-	if len(trace) == 0 && errors.As(err, &e) {
-		return e.Trace
-	}
-	return trace
-}
-
-// withoutTrace drops the trace from an error that is printed below it anyway.
-func withoutTrace(err error) error {
-	var e *acproxy.Error
-	if !errors.As(err, &e) {
-		return err
-	}
-	plain := *e
-	plain.Trace = nil
-	return &plain
-}
-
-func (d discovered) print(w io.Writer) error {
+func printDiscovered(w io.Writer, d admin.Discovered) error {
 	p := newPrinter(w)
 	p.printf("%v\n\n", d.Ref)
 	steps := p.table("", "ASKED", "STATUS", "TIME", "RESULT")

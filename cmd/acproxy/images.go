@@ -52,17 +52,33 @@ func (o *options) withStore(do func(store admin.Store) error) error {
 func newImages(o *options) *cobra.Command {
 	var asJSON bool
 	var filter cache.Filter
+	var state, sort string
 	cmd := &cobra.Command{
 		Use:   "images",
 		Short: "List the images that are held, and who signed them",
 		Args:  args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch filter.State = cache.State(state); filter.State {
+			case "", cache.OK, cache.Quarantined:
+			default:
+				return usagef("--state %s: an image is %s or %s", state, cache.OK, cache.Quarantined)
+			}
+			if filter.Sort = cache.Sort(sort); sort == "name" {
+				filter.Sort = cache.ByName
+			} else if !slices.Contains(cache.Sorts(), filter.Sort) {
+				return usagef("--sort %s: the orders are name, size, fetched and used", sort)
+			}
 			return o.withStore(func(store admin.Store) error { return listImages(cmd.OutOrStdout(), store, filter, asJSON) })
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON object per line")
 	cmd.Flags().StringVar(&filter.Prefix, "prefix", "", "only images whose name lies under this prefix")
-	cmd.AddCommand(newImagesShow(o))
+	cmd.Flags().StringVar(&filter.Contains, "contains", "", "only images that this is part of: of the name with its labels, of who signed it, or the beginning of an ID")
+	cmd.Flags().StringVar(&state, "state", "", "only images that may be served (ok), or that may not (quarantined)")
+	cmd.Flags().BoolVar(&filter.Pinned, "pinned", false, "only images that are pinned")
+	cmd.Flags().StringVar(&sort, "sort", "name", "order: name, size, fetched or used, the smallest or oldest first")
+	cmd.Flags().BoolVar(&filter.Reverse, "reverse", false, "the other way round")
+	cmd.AddCommand(newImagesShow(o), newImagesDelete(o))
 	return cmd
 }
 
@@ -125,7 +141,11 @@ func newImagesShow(o *options) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return showImage(cmd.OutOrStdout(), rec, manifest)
+				needed, err := store.Dependencies(rec.Digest)
+				if err != nil {
+					return err
+				}
+				return showImage(cmd.OutOrStdout(), rec, needed, manifest)
 			})
 		},
 	}
@@ -153,7 +173,7 @@ func findImage(store admin.Store, id string) (cache.Record, error) {
 	return records[0], nil
 }
 
-func showImage(w io.Writer, rec cache.Record, manifest []byte) error {
+func showImage(w io.Writer, rec cache.Record, needed []admin.Needed, manifest []byte) error {
 	p := newPrinter(w)
 	p.printf("name          %s\nlabels        %s\nimage ID      %v\ndigest        %v\nsize          %s as published (%s), %s of tar\n", rec.Name, labelsText(rec.Labels),
 		rec.ImageID, rec.Digest, bytesText(rec.Size), rec.Compression, bytesText(rec.Uncompressed))
@@ -168,11 +188,57 @@ func showImage(w io.Writer, rec cache.Record, manifest []byte) error {
 		p.printf("warning       %s\n", rec.RktWarning)
 	}
 	p.printf("source        %s\npublished     %s\nfetched       %s\nverified      %s\nlast used     %s\n", rec.Source, timeText(rec.Modified), timeText(rec.Fetched), timeText(rec.Verified), timeText(rec.Used))
-	for _, d := range rec.Dependencies {
-		p.printf("depends on    %s %s %s\n", d.Name, labelsText(d.Labels), d.ImageID.Short())
-	}
+	showNeeded(p, "depends on    ", needed)
 	p.printf("manifest      %s\n", manifest)
 	return p.err
+}
+
+// showNeeded prints what an image needs, as a tree: each line begins with indent.
+func showNeeded(p *printer, indent string, needed []admin.Needed) {
+	for _, n := range needed {
+		id := ""
+		if !n.ImageID.IsZero() {
+			id = n.ImageID.Short()
+		}
+		state := "not held"
+		switch {
+		case n.Cycle:
+			state = "held; needs, by way of others, itself"
+		case n.More:
+			state = "held; what it needs is beyond what is looked at"
+		case n.Held != nil:
+			state = "held as " + n.Held.ImageID.Short() + ", " + stateText(*n.Held)
+		}
+		p.printf("%s%s\n", indent, joinNonEmpty("  ", n.Name, labelsText(n.Labels), id, state))
+		showNeeded(p, indent+"  ", n.Dependencies)
+	}
+}
+
+func newImagesDelete(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "delete IMAGE-ID|DIGEST…",
+		Short: "Remove images",
+		Long: `delete removes images, pinned or not, with their refs and all that is known of them. Nodes that are receiving one get all of it. The next one that asks for it
+has it fetched again.`,
+		Args: args(cobra.MinimumNArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.withStore(func(store admin.Store) error {
+				for _, id := range args {
+					rec, err := findImage(store, id)
+					if err == nil {
+						err = store.Delete(cmd.Context(), rec.Digest)
+					}
+					if err != nil {
+						return err
+					}
+					if _, err := fmt.Fprintf(cmd.OutOrStdout(), "%s is deleted, %s\n", recordRef(rec), bytesText(rec.Size)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		},
+	}
 }
 
 func newRefusals(o *options) *cobra.Command {

@@ -27,6 +27,8 @@ import (
 	"github.com/acproxy/acproxy/internal/audit"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/credentials"
+	"github.com/acproxy/acproxy/internal/history"
+	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/metrics"
 	"github.com/acproxy/acproxy/internal/web"
@@ -251,12 +253,16 @@ type parts struct {
 
 	credentials *credentials.Set
 	audit       *audit.File
+	journal     *journal.Journal
+	history     *history.History
 	metrics     *metrics.Metrics
 	lost        chan struct{} // says that an image was found to be lost since somebody last looked
 }
 
 // judged is the store with the state that the keys give its images now.
-func (p *parts) judged() admin.Judged { return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged} }
+func (p *parts) judged() admin.Judged {
+	return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged, Did: p.decided}
+}
 
 // ready returns why not all of the work can be done, nil if it can. A side that is offline has nothing to write.
 func (p *parts) ready() error {
@@ -270,6 +276,7 @@ func (p *parts) ready() error {
 // decided is told every decision about an image.
 func (p *parts) decided(d fetch.Decision) {
 	p.metrics.Decided(d)
+	p.journal.Add(d)
 	if err := p.audit.Append(d); err != nil {
 		p.log.Error("a decision is missing from the audit", "ref", d.Ref, "event", d.Event, "err", err)
 	}
@@ -338,6 +345,10 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 	}
 	if p.audit, err = audit.Open(cfg.Audit.File, audit.Options{MaxSize: int64(cfg.Audit.MaxSize), MaxFiles: cfg.Audit.MaxFiles}); err != nil {
 		return p, err
+	}
+	p.journal, p.history = journal.New(nil), history.New()
+	if !idle {
+		p.remember()
 	}
 	if p.credentials, err = newCredentials(cfg, log); err != nil {
 		return p, err

@@ -1,16 +1,12 @@
 package main
 
 import (
-	"errors"
-	"fmt"
 	"io"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/acproxy/acproxy"
-	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/web"
 )
 
@@ -24,14 +20,7 @@ turn. A host that is down, or that asked to be left alone, isn't asked for a whi
 held are served as ever.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := o.load()
-			if err != nil {
-				return err
-			}
-			client, err := admin.Dial(cfg.Admin.Socket)
-			if errors.Is(err, acproxy.ErrNotFound) {
-				return fmt.Errorf("only a running server knows how things are with publishers: %w", err)
-			}
+			client, err := o.server("only a running server knows how things are with publishers")
 			if err != nil {
 				return err
 			}
@@ -52,16 +41,24 @@ held are served as ever.`,
 func listPublishers(w io.Writer, hosts []web.HostState, now time.Time) error {
 	p := newPrinter(w)
 	if len(hosts) > 0 {
-		t := p.table("HOST", "IN PROGRESS", "WAITING", "STATE", "LAST FAILURE")
+		t := p.table("HOST", "REQUESTS", "FAILED", "LATENCY", "IN PROGRESS", "WAITING", "STATE", "LAST FAILURE")
 		for _, h := range hosts {
+			row := func(cells ...string) {
+				latency := "-"
+				if h.Latency > 0 {
+					latency = tookText(time.Duration(h.Latency * float64(time.Second)))
+				}
+				numbers := []string{h.Host, strconv.FormatInt(h.Requests, 10), strconv.FormatInt(h.Failures, 10), latency, strconv.Itoa(h.InProgress), strconv.Itoa(h.Waiting)}
+				t.row(append(numbers, cells...)...)
+			}
 			if h.RestingUntil.IsZero() && len(h.Breakers) == 0 {
-				t.row(h.Host, strconv.Itoa(h.InProgress), strconv.Itoa(h.Waiting), "ok")
+				row("ok")
 			}
 			if !h.RestingUntil.IsZero() {
-				t.row(h.Host, strconv.Itoa(h.InProgress), strconv.Itoa(h.Waiting), "left alone for "+leftText(h.RestingUntil, now)+", as it wants", "it answered "+h.RestingWhy)
+				row("left alone for "+leftText(h.RestingUntil, now)+", as it wants", "it answered "+h.RestingWhy)
 			}
 			for _, b := range h.Breakers {
-				t.row(h.Host, strconv.Itoa(h.InProgress), strconv.Itoa(h.Waiting), breakerText(b, now), b.LastError)
+				row(breakerText(b, now), b.LastError)
 			}
 		}
 		t.flush()

@@ -12,6 +12,7 @@ import (
 
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/journal"
 )
 
 func newReload(o *options) *cobra.Command {
@@ -77,8 +78,32 @@ type reloader struct {
 // reloadable are the keys of the configuration that take effect without a restart.
 var reloadable = []string{"access.rules", "access.users_file"}
 
+// current returns the configuration that counts.
+func (r *reloader) current() *config.Config {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.cfg
+}
+
 // reload reads everything again: all of it takes effect, or nothing does.
 func (r *reloader) reload() ([]admin.Change, error) {
+	changes, err := r.readAgain()
+	switch {
+	case err != nil:
+		r.n.parts.happened(journal.EventReloadFailed, err.Error())
+	case len(changes) == 0:
+		r.n.parts.happened(journal.EventReloaded, "nothing of the configuration has changed")
+	default:
+		var keys []string
+		for _, c := range changes {
+			keys = append(keys, c.Key+orNothing(c.Restart, " (needs a restart)"))
+		}
+		r.n.parts.happened(journal.EventReloaded, "changed: "+strings.Join(keys, ", "))
+	}
+	return changes, err
+}
+
+func (r *reloader) readAgain() ([]admin.Change, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	cfg, err := r.load()

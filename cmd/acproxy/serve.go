@@ -23,9 +23,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/reread"
 	"github.com/acproxy/acproxy/internal/server"
@@ -121,7 +123,7 @@ func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Lo
 	if err != nil {
 		return nil, err
 	}
-	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+2)}
+	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+len(cfg.Admin.Listen)+2)}
 	n.reloader = &reloader{load: load, n: n, cfg: cfg}
 	if err := n.open(cfg, log, access); err != nil {
 		return nil, errors.Join(err, n.stop())
@@ -135,7 +137,8 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	n.stopWork = cancel
 	warnOfKeys(n.parts.keys.Current(), log)
 	changed := make(chan struct{}, 1)
-	n.forget = n.parts.keys.OnChange(func(*trust.Keyring) {
+	n.forget = n.parts.keys.OnChange(func(keys *trust.Keyring) {
+		n.parts.happened(journal.EventKeysChanged, count(len(keys.All()), "key")+" can be trusted now")
 		select {
 		case changed <- struct{}{}:
 		default: // a change that nobody has looked at yet stands for this one, too
@@ -154,24 +157,90 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	})
 	n.work.Go(func() { n.rejudge(ctx, changed, log) })
 	n.work.Go(func() { n.mend(ctx, log) })
+	n.work.Go(func() { n.watch(ctx, log) })
 	for _, l := range cfg.Listen {
 		if err := n.listen(ctx, l, log); err != nil {
 			return err
 		}
 	}
-	var err error
-	n.admin, err = admin.Listen(cfg.Admin.Socket, admin.Options{
-		Store: n.parts.judged(), Metrics: n.parts.metrics.Handler(), ReloadKeys: func() { n.parts.keys.Reload() }, Reload: n.reloader.reload,
-		Publishers: n.parts.web.Hosts, Ready: n.parts.ready, Log: log,
+	return n.openAdmin(ctx, cfg, log)
+}
+
+// openAdmin lets operators, Prometheus and acproxy's own commands look in.
+func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	p := n.parts
+	n.admin = admin.New(admin.Options{
+		Store: p.judged(), Guard: p.guard, Metrics: p.metrics.Handler(), Flights: p.fetcher.Flights, Publishers: p.web.Hosts, Keyring: p.keys.Current,
+		Journal: p.journal, History: p.history, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: cfg.Offline, Log: log,
+		Discover: func(ctx context.Context, ref acproxy.Ref) (admin.Discovered, error) {
+			return admin.Discover(ctx, p.finder, ref)
+		},
+		Config:     func() ([]byte, error) { return n.reloader.current().YAML() },
+		ReloadKeys: func() { p.keys.Reload() },
+		Reload:     n.reloader.reload,
 	})
-	if address := cfg.Admin.Metrics; address != "" && err == nil {
-		err = n.listenForMetrics(ctx, address)
-	}
-	if errors.Is(err, syscall.EROFS) {
+	if err := n.admin.Listen(cfg.Admin.Socket); errors.Is(err, syscall.EROFS) {
 		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
-		return nil
+	} else if err != nil {
+		return err
 	}
-	return err
+	for _, l := range cfg.Admin.Listen {
+		err := n.listenForOperators(ctx, l)
+		if l.Address == config.DefaultAdminAddress && errors.Is(err, syscall.EADDRINUSE) {
+			// Nobody has asked for this one.
+			log.Warn("there is no page for operators: its address is taken; set admin.listen to another one", "address", l.Address)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if cfg.Admin.Metrics != "" {
+		return n.listenForMetrics(ctx, cfg.Admin.Metrics)
+	}
+	return nil
+}
+
+// listenForOperators answers operators at an address.
+func (n *running) listenForOperators(ctx context.Context, l config.AdminListen) error {
+	front := l.Front()
+	hs := &http.Server{
+		Handler: n.admin.Front(authMethods(l.Auth)), ErrorLog: slog.NewLogLogger(n.parts.log.Handler(), slog.LevelDebug),
+		ReadHeaderTimeout: time.Duration(n.parts.cfg.Clients.HeaderTimeout), IdleTimeout: time.Duration(n.parts.cfg.Clients.IdleTimeout),
+	}
+	hs.RegisterOnShutdown(n.admin.EndLive)
+	scheme := "http"
+	if front.TLS != config.TLSNone {
+		scheme = "https"
+		var err error
+		if hs.TLSConfig, err = n.tlsConfig(front); err != nil {
+			return fmt.Errorf("listening on %s: %w", l.Address, err)
+		}
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.Address)
+	if err != nil {
+		return fmt.Errorf("listening for operators: %w", err)
+	}
+	if public(listener.Addr()) {
+		if len(n.parts.cfg.Access.Rules) == 0 {
+			n.parts.log.Warn("this address can be reached from other machines, and whoever reaches it can see what this server does; access.rules say who may", "address", listener.Addr())
+		} else if front.TLS == config.TLSNone {
+			n.parts.log.Warn("passwords and tokens that operators show at this address cross the network in clear; set tls for it", "address", listener.Addr())
+		}
+	}
+	n.fronts = append(n.fronts, hs)
+	n.parts.log.Info("serving operators", "address", scheme+"://"+listener.Addr().String())
+	// Ends when stop shuts the server down.
+	go func() {
+		serve := hs.Serve
+		if hs.TLSConfig != nil {
+			serve = func(l net.Listener) error { return hs.ServeTLS(l, "", "") }
+		}
+		if err := serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			n.failed <- fmt.Errorf("serving operators at %s: %w", l.Address, err)
+		}
+	}()
+	return nil
 }
 
 // rejudgeEvery is how often held images are judged again when the keys don't change: keys and signatures expire.

@@ -170,9 +170,6 @@ func orNothing(when bool, text string) string {
 
 func date(t time.Time) string { return t.UTC().Format(time.DateOnly) }
 
-// expiresSoon is how long before a key's end people are warned.
-const expiresSoon = 30 * 24 * time.Hour
-
 // expiryText says when something ends, and warns if that is soon.
 func expiryText(end time.Time) string {
 	if end.IsZero() {
@@ -182,15 +179,14 @@ func expiryText(end time.Time) string {
 }
 
 func expiryWarning(end time.Time) string {
-	switch left := time.Until(end); {
-	case end.IsZero():
+	switch warning := admin.ExpiryWarning(end, time.Now()); warning {
+	case "":
 		return ""
-	case left <= 0:
+	case "EXPIRED":
 		return " (EXPIRED)"
-	case left < expiresSoon:
-		return fmt.Sprintf(" (in %s!)", count(int(left.Hours()/24), "day"))
+	default:
+		return " (" + warning + "!)"
 	}
-	return ""
 }
 
 func count(n int, what string) string {

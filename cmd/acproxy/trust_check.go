@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -62,7 +63,7 @@ type checkedPolicy struct {
 }
 
 type checkedKey struct {
-	listedKey
+	admin.Key
 	Counts  bool          `json:"counts"`
 	Outcome trust.Outcome `json:"outcome"` // of a signature that it would make now
 	Reason  string        `json:"reason"`
@@ -80,7 +81,7 @@ func checkName(cfg *config.Config, keyring *trust.Keyring, name string, now time
 		if s.Counts() {
 			counting[s.Key.Fingerprint] = true
 		}
-		out.Keys = append(out.Keys, checkedKey{listedKey: listed(s.Key), Counts: s.Counts(), Outcome: s.Outcome, Reason: s.Reason, Until: s.Until})
+		out.Keys = append(out.Keys, checkedKey{Key: admin.KeyOf(s.Key, time.Now()), Counts: s.Counts(), Outcome: s.Outcome, Reason: s.Reason, Until: s.Until})
 	}
 	out.Counting = len(counting)
 	return out

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -31,7 +32,7 @@ expired, or will within 30 days.`,
 				return err
 			}
 			if asJSON {
-				return printJSON(cmd.OutOrStdout(), listedKeys(keyring))
+				return printJSON(cmd.OutOrStdout(), admin.ListKeys(keyring, time.Now()))
 			}
 			return printTree(cmd.OutOrStdout(), keyring)
 		},
@@ -39,58 +40,6 @@ expired, or will within 30 days.`,
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }
-
-// listedKey is a key as the trust commands print it with --json.
-type listedKey struct {
-	Prefix      string            `json:"prefix"` // "" is every name
-	Fingerprint trust.Fingerprint `json:"fingerprint"`
-	UserIDs     []string          `json:"userIDs"`
-	Algorithm   string            `json:"algorithm"`
-	Created     time.Time         `json:"created"`
-	Expires     time.Time         `json:"expires,omitzero"`
-	SignsUntil  time.Time         `json:"signsUntil,omitzero"` // when the last of its keys that may sign ends
-	Warning     string            `json:"warning,omitempty"`   // that it has expired, or will soon
-	Revoked     bool              `json:"revoked"`
-	RktReadable bool              `json:"rktReadable"`
-	Origin      trust.Origin      `json:"origin"`
-	File        string            `json:"file"`
-}
-
-func listed(k trust.Key) listedKey {
-	return listedKey{
-		Prefix: k.Prefix, Fingerprint: k.Fingerprint, UserIDs: append([]string{}, k.UserIDs...), Algorithm: k.Algorithm, Created: k.Created, Expires: k.Expires,
-		SignsUntil: k.SignsUntil, Warning: keyWarning(k), Revoked: k.Revoked, RktReadable: k.RktReadable() == nil, Origin: k.Origin, File: k.File,
-	}
-}
-
-// listedMask is a file that switches a key off.
-type listedMask struct {
-	Prefix      string            `json:"prefix"`
-	Fingerprint trust.Fingerprint `json:"fingerprint"`
-	Origin      trust.Origin      `json:"origin"`
-	File        string            `json:"file"`
-	Broken      bool              `json:"broken"` // it masks because it can't be read
-}
-
-type keyListing struct {
-	Keys     []listedKey     `json:"keys"`
-	Masks    []listedMask    `json:"masks"`
-	Problems []trust.Problem `json:"problems"` // files that were skipped
-}
-
-func listedKeys(keyring *trust.Keyring) keyListing {
-	out := keyListing{Keys: []listedKey{}, Masks: []listedMask{}, Problems: append([]trust.Problem{}, keyring.Problems()...)}
-	for _, k := range keyring.All() {
-		out.Keys = append(out.Keys, listed(k))
-	}
-	for _, m := range keyring.Masks() {
-		out.Masks = append(out.Masks, listedMask{Prefix: m.Prefix, Fingerprint: m.Fingerprint, Origin: m.Origin, File: m.File, Broken: m.Broken})
-	}
-	return out
-}
-
-// keyWarning says that a key has expired or will soon, "" otherwise.
-func keyWarning(k trust.Key) string { return strings.Trim(expiryWarning(k.SignsUntil), " ()!") }
 
 // branch is a prefix in the tree of those that keys are trusted for.
 type branch struct {

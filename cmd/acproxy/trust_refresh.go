@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -82,7 +84,7 @@ type refreshed struct {
 }
 
 type refreshedKey struct {
-	listedKey
+	admin.Key
 	State   string   `json:"state"`
 	Changes []string `json:"changes,omitempty"`
 	Source  string   `json:"source,omitempty"` // the URL it came from
@@ -193,7 +195,7 @@ func (r *refreshing) compare(ctx context.Context, getter *keyGetter, name string
 
 func (o *refreshed) add(f offer, key trust.Key, state string, changes []string) {
 	key.Prefix = f.prefix
-	o.Keys = append(o.Keys, refreshedKey{listedKey: listed(key), State: state, Changes: changes, Source: f.source, offer: f, key: key})
+	o.Keys = append(o.Keys, refreshedKey{Key: admin.KeyOf(key, time.Now()), State: state, Changes: changes, Source: f.source, offer: f, key: key})
 }
 
 func (o *refreshed) has(state string) bool {

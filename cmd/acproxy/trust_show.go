@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -60,7 +61,7 @@ func newest(held []trust.Key) trust.Key {
 
 // shownKey is what acproxy trust show prints.
 type shownKey struct {
-	listedKey
+	admin.Key
 	Changed time.Time     `json:"changed"` // when its owner last changed it
 	Subkeys []shownSubkey `json:"subkeys"`
 	Rkt     string        `json:"rkt,omitempty"` // why rkt nodes can't read it
@@ -85,7 +86,7 @@ type shownCopy struct {
 
 func shownKeyOf(keyring *trust.Keyring, held []trust.Key) shownKey {
 	key := newest(held)
-	out := shownKey{listedKey: listed(key), Changed: key.Changed, Subkeys: []shownSubkey{}, Copies: []shownCopy{}}
+	out := shownKey{Key: admin.KeyOf(key, time.Now()), Changed: key.Changed, Subkeys: []shownSubkey{}, Copies: []shownCopy{}}
 	if err := key.RktReadable(); err != nil {
 		out.Rkt = err.Error()
 	}

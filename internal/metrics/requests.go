@@ -1,13 +1,17 @@
 package metrics
 
 import (
+	"net/http"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/server"
 )
 
@@ -30,6 +34,8 @@ type answerKey struct {
 type answers struct {
 	answered, bytes prometheus.Counter
 	firstByte       prometheus.Observer
+	// The same, to be read: counters can't be.
+	requests, content atomic.Int64
 }
 
 // noVerdict is the verdict of what the store has no part in.
@@ -71,14 +77,39 @@ func (m *Metrics) Answered(a server.Access) {
 			verdict = noVerdict
 		}
 		known, _ = m.requests.known.LoadOrStore(key, &answers{
-			m.requests.answered.WithLabelValues(a.Kind, verdict, strconv.Itoa(a.Status)),
-			m.requests.bytes.WithLabelValues(a.Kind, verdict), m.requests.firstByte.WithLabelValues(a.Kind, verdict),
+			answered: m.requests.answered.WithLabelValues(a.Kind, verdict, strconv.Itoa(a.Status)),
+			bytes:    m.requests.bytes.WithLabelValues(a.Kind, verdict), firstByte: m.requests.firstByte.WithLabelValues(a.Kind, verdict),
 		})
 	}
 	counted := known.(*answers)
 	counted.answered.Inc()
 	counted.bytes.Add(float64(a.Bytes))
 	counted.firstByte.Observe(a.FirstByte.Seconds())
+	counted.requests.Add(1)
+	counted.content.Add(a.Bytes)
+}
+
+// Totals returns what was counted of clients' requests: those for images, signatures and pages. What came from publishers is left at 0.
+func (m *Metrics) Totals() (t history.Totals) {
+	m.requests.known.Range(func(key, value any) bool {
+		k, counted := key.(answerKey), value.(*answers)
+		n := counted.requests.Load()
+		t.Served += counted.content.Load()
+		if k.kind == server.KindOther {
+			return true
+		}
+		t.Requests += n
+		switch {
+		case k.status == http.StatusForbidden:
+			t.Refused += n
+		case k.verdict == fetch.Miss.String(), k.verdict == fetch.Joined.String(), k.verdict == fetch.Uncached.String():
+			t.Misses += n
+		case k.verdict != "" && k.verdict != noVerdict:
+			t.Hits += n
+		}
+		return true
+	})
+	return t
 }
 
 // Landed counts a fetch of an image that has ended.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/access"
+	"github.com/acproxy/acproxy/internal/problem"
 )
 
 // A Front is how a listener lets clients in.
@@ -150,7 +151,7 @@ func (s *Server) challenge(w http.ResponseWriter, r *http.Request, wrong error, 
 		w.Header().Add(field, `Bearer realm="acproxy"`)
 	}
 	if wrong != nil {
-		return &statusError{status, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "credentials-invalid", Detail: why, Err: wrong}}
+		return problem.WithStatus(status, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "credentials-invalid", Detail: why, Err: wrong})
 	}
-	return &statusError{status, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "credentials-needed", Detail: why}}
+	return problem.WithStatus(status, &acproxy.Error{Kind: acproxy.ErrRefused, Code: "credentials-needed", Detail: why})
 }

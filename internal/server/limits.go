@@ -10,6 +10,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/problem"
 )
 
 // Limits bound what one client, or all of them, may ask for at once. A field that is 0 sets no limit.
@@ -76,10 +77,10 @@ func (l *rates) check(r *http.Request) error {
 	if l.of(addr, now).AllowN(now, 1) {
 		return nil
 	}
-	return &statusError{http.StatusTooManyRequests, &acproxy.Error{
+	return problem.WithStatus(http.StatusTooManyRequests, &acproxy.Error{
 		Kind: acproxy.ErrBusy, Code: "too-many-requests", RetryAfter: time.Second,
 		Detail: "there are more requests from " + addr.String() + " than clients.rate allows; ask again later",
-	}}
+	})
 }
 
 // of returns the limiter of a client.

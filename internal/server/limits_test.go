@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/acproxy/acproxy/internal/problem"
 )
 
 func TestClientAddress(t *testing.T) {
@@ -34,7 +36,7 @@ func TestRates(t *testing.T) {
 		r := httptest.NewRequest(http.MethodGet, "/", nil)
 		r.RemoteAddr = address
 		err := l.check(r)
-		if err != nil && statusOf(err) != http.StatusTooManyRequests {
+		if err != nil && problem.StatusOf(err) != http.StatusTooManyRequests {
 			t.Errorf("check = %v", err)
 		}
 		return err == nil

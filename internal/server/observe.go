@@ -10,6 +10,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/access"
+	"github.com/acproxy/acproxy/internal/problem"
 )
 
 // note records how a request failed for its access line.
@@ -71,10 +72,10 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 			}()
 		}
 		if via := r.Header["Via"]; via != nil && s.cfg.Via != "" && strings.Contains(strings.Join(via, ","), s.cfg.Via) {
-			s.fail(rec, r, &statusError{http.StatusLoopDetected, &acproxy.Error{
+			s.fail(rec, r, problem.WithStatus(http.StatusLoopDetected, &acproxy.Error{
 				Kind: acproxy.ErrPublisher, Code: "loop",
 				Detail: "this proxy was asked by itself: the name " + r.Host + " resolves to it here too; set dial.hosts or dial.resolver in its configuration so that it finds the publisher",
-			}})
+			}))
 			return
 		}
 		err := s.rates.check(r)

@@ -1,69 +1,22 @@
 package server
 
 import (
-	"encoding/json"
 	"errors"
-	"fmt"
 	"html"
 	"net/http"
 	"strconv"
 	"strings"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/problem"
 )
-
-// ProblemType begins the type of every problem; the error's code ends it.
-const ProblemType = "urn:acproxy:problem:"
-
-// Problem is the body of an error (RFC 9457).
-type Problem struct {
-	Type   string        `json:"type"`
-	Title  string        `json:"title"`
-	Status int           `json:"status"`
-	Detail string        `json:"detail,omitempty"`
-	Trace  acproxy.Trace `json:"trace,omitempty"` // what was tried, in order
-}
-
-// statusError is an error with a status of its own.
-type statusError struct {
-	status int
-	error
-}
-
-// Unwrap returns the error without the status.
-func (e *statusError) Unwrap() error { return e.error }
-
-// statusOf maps the kinds of failure to HTTP.
-func statusOf(err error) int {
-	var s *statusError
-	if errors.As(err, &s) {
-		return s.status
-	}
-	switch acproxy.KindOf(err) {
-	case acproxy.ErrInvalid:
-		return http.StatusBadRequest
-	case acproxy.ErrNotFound, acproxy.ErrOffline:
-		return http.StatusNotFound
-	case acproxy.ErrRefused:
-		return http.StatusForbidden
-	case acproxy.ErrPublisher:
-		return http.StatusBadGateway
-	case acproxy.ErrTimeout:
-		return http.StatusGatewayTimeout
-	case acproxy.ErrNoSpace:
-		return http.StatusInsufficientStorage
-	case acproxy.ErrBusy:
-		return http.StatusServiceUnavailable
-	}
-	return http.StatusInternalServerError
-}
 
 // fail writes an error as the response. It is the only place that does.
 func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	if left(r) {
 		panic(http.ErrAbortHandler)
 	}
-	p := problemOf(err)
+	p := problem.Of(err)
 	if p.Status == http.StatusInternalServerError {
 		// What is wrong inside is for the log, not for strangers.
 		s.log.Error("request failed", "host", r.Host, "path", r.URL.EscapedPath(), "err", err)
@@ -85,13 +38,13 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	switch preferred(r.Header.Get("Accept")) {
 	case "text/html":
 		h.Set("Content-Type", "text/html; charset=utf-8")
-		body = []byte("<!doctype html><meta charset=utf-8><title>" + html.EscapeString(p.Title) + "</title><pre>" + html.EscapeString(p.text()) + "</pre>\n")
+		body = []byte("<!doctype html><meta charset=utf-8><title>" + html.EscapeString(p.Title) + "</title><pre>" + html.EscapeString(p.Text()) + "</pre>\n")
 	case "text/plain":
 		h.Set("Content-Type", "text/plain; charset=utf-8")
-		body = []byte(p.text())
+		body = []byte(p.Text())
 	default:
-		h.Set("Content-Type", "application/problem+json")
-		body = p.json()
+		h.Set("Content-Type", problem.ContentType)
+		body = p.JSON()
 	}
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(p.Status)
@@ -101,50 +54,11 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	}
 }
 
-func problemOf(err error) Problem {
-	p := Problem{Status: statusOf(err), Detail: err.Error()}
-	p.Title = http.StatusText(p.Status)
-	p.Type = "about:blank"
-	if code := acproxy.Code(err); code != "" {
-		p.Type = ProblemType + code
-	}
-	if kind := acproxy.KindOf(err); kind != nil {
-		p.Title += ": " + kind.Error()
-	}
-	var e *acproxy.Error
-	if errors.As(err, &e) {
-		p.Trace = e.Trace
-	}
-	return p
-}
-
-func (p Problem) json() []byte {
-	b, err := json.MarshalIndent(p, "", "  ")
-	if err != nil {
-		// A Problem is strings and numbers; there is nothing in it that JSON can't say.
-		return []byte(`{"type":"about:blank","status":500}`)
-	}
-	return append(b, '\n')
-}
-
-func (p Problem) text() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%d %s\n\n%s\n", p.Status, p.Title, p.Detail)
-	if len(p.Trace) > 0 {
-		b.WriteString("\nWhat was tried:\n")
-		for i, a := range p.Trace {
-			fmt.Fprintf(&b, "%3d. %v\n", i+1, a)
-		}
-	}
-	return b.String()
-}
-
 // preferred returns which form of an error an Accept header asks for: "text/html", "text/plain" or "application/problem+json". Programs that
 // don't say get the last (RFC 9110 §12.5.1).
 func preferred(accept string) string {
-	const problem = "application/problem+json"
-	offers := []string{problem, "text/html", "text/plain"}
-	best, bestQ := problem, 0.0
+	offers := []string{problem.ContentType, "text/html", "text/plain"}
+	best, bestQ := problem.ContentType, 0.0
 	for _, offer := range offers {
 		if q := quality(accept, offer); q > bestQ {
 			best, bestQ = offer, q
@@ -168,7 +82,7 @@ func quality(accept, media string) float64 {
 			s = 2
 		case "application/json":
 			// Whoever reads JSON reads a problem in JSON.
-			if media != "application/problem+json" {
+			if media != problem.ContentType {
 				continue
 			}
 			s = 2

@@ -14,6 +14,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/access"
+	"github.com/acproxy/acproxy/internal/problem"
 )
 
 // proxy answers clients that have acproxy as their HTTP proxy.
@@ -217,9 +218,9 @@ func newInner(s *Server) *inner {
 func misdirected(s *Server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if c, ok := r.Context().Value(connectedTo{}).(connected); ok && c.host != requestHost(r) {
-			s.fail(w, r, &statusError{http.StatusMisdirectedRequest, &acproxy.Error{
+			s.fail(w, r, problem.WithStatus(http.StatusMisdirectedRequest, &acproxy.Error{
 				Kind: acproxy.ErrInvalid, Code: "misdirected", Detail: "this connection was made to " + c.host + ", not to " + requestHost(r),
-			}})
+			}))
 			return
 		}
 		next.ServeHTTP(w, r)

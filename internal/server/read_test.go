@@ -15,6 +15,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/internal/problem"
 )
 
 func TestSimpleRefs(t *testing.T) {
@@ -261,11 +262,11 @@ func TestStatusOf(t *testing.T) {
 		acproxy.ErrInvalid: 400, acproxy.ErrRefused: 403, acproxy.ErrNotFound: 404, acproxy.ErrOffline: 404, acproxy.ErrPublisher: 502,
 		acproxy.ErrBusy: 503, acproxy.ErrTimeout: 504, acproxy.ErrNoSpace: 507, errors.New("a fault of ours"): 500,
 	} {
-		if got := statusOf(&acproxy.Error{Kind: kind}); got != want {
+		if got := problem.StatusOf(&acproxy.Error{Kind: kind}); got != want {
 			t.Errorf("statusOf(%v) = %d, want %d", kind, got, want)
 		}
 	}
-	if got := statusOf(&statusError{405, acproxy.Invalid("x")}); got != 405 {
+	if got := problem.StatusOf(problem.WithStatus(405, acproxy.Invalid("x"))); got != 405 {
 		t.Errorf("a status of its own is %d, want 405", got)
 	}
 }

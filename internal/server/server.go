@@ -19,6 +19,7 @@ import (
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/memo"
+	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -201,7 +202,7 @@ func only(h handler, methods ...string) handler {
 			}
 		}
 		w.Header().Set("Allow", strings.Join(methods, ", "))
-		return &statusError{http.StatusMethodNotAllowed, &acproxy.Error{Kind: acproxy.ErrInvalid, Code: "method-not-allowed", Detail: r.Method + " is not possible here"}}
+		return problem.WithStatus(http.StatusMethodNotAllowed, &acproxy.Error{Kind: acproxy.ErrInvalid, Code: "method-not-allowed", Detail: r.Method + " is not possible here"})
 	}
 }
 
@@ -223,7 +224,7 @@ func (s *Server) health(w http.ResponseWriter, _ *http.Request) error {
 func (s *Server) ready(w http.ResponseWriter, r *http.Request) error {
 	if s.cfg.Ready != nil {
 		if err := s.cfg.Ready(); err != nil {
-			return &statusError{http.StatusServiceUnavailable, &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: "not-ready", Detail: err.Error()}}
+			return problem.WithStatus(http.StatusServiceUnavailable, &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: "not-ready", Detail: err.Error()})
 		}
 	}
 	return s.health(w, r)
