@@ -49,11 +49,12 @@ var layers = map[string][]string{
 	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem"},
 	"internal/journal":     {"fetch"},
 	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/problem", "internal/web"},
+	"internal/page":        {".", "cache", "fetch", "internal/access", "internal/admin", "internal/history", "internal/journal", "internal/problem", "internal/web"},
 	"internal/metrics":     {"internal/server", "internal/history", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/reread", "internal/server", "internal/admin",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 

@@ -26,7 +26,7 @@ type Filter struct {
 // A Sort is an order of images.
 type Sort string
 
-// The orders. Those that aren't by name look at every image for each page.
+// The orders. Those that aren't by name look at every image for each page, as a filter by what is written of them does.
 const (
 	ByName    Sort = ""        // and version
 	BySize    Sort = "size"    // the smallest first
@@ -65,7 +65,7 @@ func (d *Disk) Images(filter Filter, after string, limit int) (records []Record,
 	filter.Prefix = strings.TrimSuffix(filter.Prefix, "/")
 	filter.Contains = strings.ToLower(filter.Contains)
 	switch {
-	case filter.Sort == ByName && !filter.Reverse:
+	case filter.Sort == ByName && !filter.Reverse && filter.Contains == "":
 		return d.imagesByName(filter, from, limit)
 	case filter.Sort == ByName || slices.Contains(Sorts(), filter.Sort):
 		return d.imagesSorted(filter, from, limit)
@@ -104,36 +104,68 @@ func (d *Disk) imagesByName(filter Filter, from []byte, limit int) (records []Re
 	return records, next, err
 }
 
-// imagesSorted looks at all images and keeps those that come next.
-func (d *Disk) imagesSorted(filter Filter, from []byte, limit int) ([]Record, string, error) {
-	var first *nextImages
-	err := d.on(func(ix *index) error {
-		first = &nextImages{limit: limit}
-		return ix.each(bucketNames, []byte(filter.Prefix), nil, func(key, _ []byte) error {
-			digest, err := digestIn(key)
+// imagesSorted looks at all images, one page of the index after the other, and keeps those that come next.
+func (d *Disk) imagesSorted(filter Filter, from []byte, limit int) (records []Record, next string, err error) {
+	err = d.on(func(ix *index) error {
+		used, err := ix.allUsed(filter.Sort == ByUsed)
+		if err != nil {
+			return err
+		}
+		first := &nextImages{limit: limit}
+		err = ix.each(bucketRecords, nil, nil, func(key, value []byte) error {
+			h, err := decodeRow(bucketRecords, key, value, takeHeld)
 			if err != nil {
 				return err
 			}
-			rec, ok, err := ix.named(key, digest)
-			if err != nil || !ok || !filter.chooses(rec) {
+			if h.Digest, err = digestIn(key); err != nil || !filter.chooses(h.Record) {
 				return err
 			}
-			d.useTouched(&rec)
-			if place := filter.place(rec, key); bytes.Compare(place, from) > 0 {
-				first.add(placed{place, rec})
+			if t := used[h.Digest]; t.After(h.Used) {
+				h.Used = t
+			}
+			if filter.Sort == ByUsed {
+				d.useTouched(&h.Record)
+			}
+			if place := filter.place(h.Record); bytes.Compare(place, from) > 0 {
+				first.add(placed{place, h.Record})
 			}
 			return nil
 		})
+		if err != nil {
+			return err
+		}
+		records, next = first.sorted()
+		return nil
 	})
-	if err != nil {
-		return nil, "", err
+	for i := range records {
+		if err == nil && filter.Sort != ByUsed {
+			// What was removed since keeps what is known of it.
+			if rec, err := d.Record(records[i].Digest); err == nil {
+				records[i] = rec
+			}
+		}
 	}
-	records, next := first.sorted()
-	return records, next, nil
+	return records, next, err
+}
+
+// allUsed returns when each image was last used, as far as that was written by itself; nothing if it isn't wanted.
+func (x *index) allUsed(wanted bool) (map[acproxy.Digest]time.Time, error) {
+	if !wanted {
+		return nil, nil
+	}
+	used := make(map[acproxy.Digest]time.Time)
+	err := x.each(bucketUsed, nil, nil, func(key, value []byte) error {
+		digest, err := digestIn(key)
+		if t, ok := timeIn(value); ok && err == nil {
+			used[digest] = t
+		}
+		return err
+	})
+	return used, err
 }
 
 // place returns where an image stands in a filter's order: places compare as bytes do.
-func (f Filter) place(rec Record, key []byte) []byte {
+func (f Filter) place(rec Record) []byte {
 	var n int64
 	switch f.Sort {
 	case BySize:
@@ -143,7 +175,7 @@ func (f Filter) place(rec Record, key []byte) []byte {
 	case ByUsed:
 		n = nanoseconds(rec.Used)
 	}
-	place := append(binary.BigEndian.AppendUint64([]byte{1}, uint64(n)), key...)
+	place := append(binary.BigEndian.AppendUint64([]byte{1}, uint64(n)), nameKey(rec.Name, rec.Labels[acproxy.LabelVersion], rec.Digest[:])...)
 	if f.Reverse {
 		// Longer keys go before those that they begin with, for which they end in something that is more than nothing.
 		place = append(place, 0)

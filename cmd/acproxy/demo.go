@@ -174,6 +174,7 @@ func (d *demo) configure() (*config.Config, error) {
 		{Address: "127.0.0.1:0", TLS: config.TLSNone, Proxy: true},
 		{Address: "127.0.0.1:0", TLS: config.TLSLocalCA},
 	}
+	cfg.Admin.Listen = []config.AdminListen{{Address: "127.0.0.1:0", TLS: config.TLSNone}}
 	cfg.Dial.Hosts = map[string]string{demoHost: d.publisher.Addr(), "storage." + demoHost: d.publisher.Addr()}
 	cfg.Publishers = []config.Publisher{{Prefix: demoHost, CAFile: caFile}}
 	return &cfg, fillDirs(&cfg)
@@ -485,6 +486,9 @@ func (d *demo) stay(ctx context.Context) error {
 	d.printf(`
 Everything stays up until you press Ctrl-C (the publisher is back, too). Try:
 
+  # what an operator sees, in a browser
+  %[7]s
+
   # a discovery page, as a node gets it when the image's host name leads here
   curl --cacert %[1]s --connect-to %[2]s:443:127.0.0.1:%[3]d 'https://%[2]s/hello?ac-discovery=1'
 
@@ -501,7 +505,7 @@ Everything stays up until you press Ctrl-C (the publisher is back, too). Try:
   # what is held, who signed it, what was refused
   %[6]s images   --data-dir %[5]s
   %[6]s refusals --data-dir %[5]s
-`, caFile, demoHost, secure.Port, plain, d.server.parts.cfg.DataDir, self)
+`, caFile, demoHost, secure.Port, plain, d.server.parts.cfg.DataDir, self, d.server.pages[0])
 	if d.err != nil {
 		return d.err
 	}

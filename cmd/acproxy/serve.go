@@ -29,6 +29,7 @@ import (
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/localca"
+	"github.com/acproxy/acproxy/internal/page"
 	"github.com/acproxy/acproxy/internal/reread"
 	"github.com/acproxy/acproxy/internal/server"
 	"github.com/acproxy/acproxy/trust"
@@ -102,6 +103,7 @@ type running struct {
 	admin    *admin.Server
 	fronts   []front
 	bound    []bound
+	pages    []string   // the URLs of the page for operators
 	failed   chan error // what ends the server although nobody told it to stop
 	stopWork context.CancelFunc
 	work     sync.WaitGroup
@@ -178,6 +180,7 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 		Config:     func() ([]byte, error) { return n.reloader.current().YAML() },
 		ReloadKeys: func() { p.keys.Reload() },
 		Reload:     n.reloader.reload,
+		Page:       func(s *admin.Server) http.Handler { return page.New(s, log) },
 	})
 	if err := n.admin.Listen(cfg.Admin.Socket); errors.Is(err, syscall.EROFS) {
 		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
@@ -229,7 +232,8 @@ func (n *running) listenForOperators(ctx context.Context, l config.AdminListen) 
 		}
 	}
 	n.fronts = append(n.fronts, hs)
-	n.parts.log.Info("serving operators", "address", scheme+"://"+listener.Addr().String())
+	n.pages = append(n.pages, scheme+"://"+listener.Addr().String())
+	n.parts.log.Info("serving operators", "address", n.pages[len(n.pages)-1])
 	// Ends when stop shuts the server down.
 	go func() {
 		serve := hs.Serve

@@ -141,6 +141,7 @@ func (s *scene) trust(key *trusttest.Key, prefix string) {
 // usual is the configuration of a scene. Nobody answers on the resolver's port: what isn't in dial.hosts leads nowhere.
 const usual = `
 data_dir: $DIR/data
+admin: {listen: [{address: "127.0.0.1:0"}]}
 listen:
   - {address: "127.0.0.1:0", tls: none, proxy: true}
   - {address: "127.0.0.1:0", tls: local-ca, proxy: false}
@@ -220,6 +221,7 @@ type process struct {
 	ended   sync.Once
 
 	addresses []string
+	operators string // the URL of the page for operators
 
 	mu  sync.Mutex
 	log bytes.Buffer
@@ -265,9 +267,16 @@ func (p *process) read(stderr io.Reader) {
 		p.mu.Unlock()
 		var line struct {
 			Msg       string
+			Address   string
 			Addresses []string
 		}
-		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Msg == "serving" && !told {
+		if json.Unmarshal(lines.Bytes(), &line) != nil {
+			continue
+		}
+		if line.Msg == "serving operators" && !told {
+			p.operators = line.Address
+		}
+		if line.Msg == "serving" && !told {
 			told = true
 			p.addresses = line.Addresses
 			close(p.serving)
