@@ -6,7 +6,7 @@ FUZZTIME ?= 30s
 TIMEOUT  ?= 10m
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt lint test race chaos fuzz fuzz-list bench bench-verify bench-peers soak bench-store bench-compare run demo profile generate check
+.PHONY: help fmt lint test race chaos fuzz fuzz-list bench bench-verify bench-peers soak bench-store bench-compare run demo profile generate dist check
 
 help: ## show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
@@ -69,6 +69,9 @@ profile: ## CPU and memory profile of the benchmarks of one package: PKG=./trust
 generate: ## make again what is made from the source: config.example.yaml, docs/configuration.md, docs/commands.md
 	$(GO) generate ./...
 	$(GO) test -count 1 -run '^TestCommandReference$$' . -update
+
+dist: ## what is released, into dist/: binaries, archives, Debian packages, OCI image, SBOMs, SHA256SUMS; ARGS="-version 1.2.3 -arch amd64"
+	$(GO) -C deploy/build run . -source "$(CURDIR)" -out "$(CURDIR)/dist" $(ARGS)
 
 check: ## everything that .ci/run checks, with what is installed
 	@test -z "$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go'))" || { echo "not formatted: make fmt"; gofmt -l .; exit 1; }
