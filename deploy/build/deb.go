@@ -30,7 +30,8 @@ func (r *release) debianFiles(p product) ([]file, error) {
 		{path: doc + "changelog.gz", mode: 0o644, content: compressed(r.debianChangelog())},
 		{path: doc + "CHANGELOG.md.gz", mode: 0o644, content: compressed(changelog)},
 		// Keys that the administrator trusts: his commands write them, and the service, which is somebody else, reads them.
-		{path: "etc/acproxy/trustedkeys", mode: os.ModeDir | 0o755},
+		{path: "etc/acproxy/trustedkeys/root.d", mode: os.ModeDir | 0o755},
+		{path: "etc/acproxy/trustedkeys/prefix.d", mode: os.ModeDir | 0o755},
 	}
 	for name, installed := range map[string]string{
 		"deploy/debian/config.yaml":       "etc/acproxy/config.yaml",

@@ -117,7 +117,10 @@ func (r *release) tar(files []file) ([]byte, error) {
 			return nil, err
 		}
 	}
-	return b.Bytes(), w.Close()
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
 }
 
 // writeTree writes files below a directory, with the owners that they have in the image.
