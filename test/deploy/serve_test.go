@@ -161,14 +161,14 @@ func checkWorkload(t *testing.T, cfg *config.Config, manifest string) (paths []s
 	return paths
 }
 
-// keysArrive does what the kubelet does when a ConfigMap with keys comes: it writes a directory beside, and turns a symbolic link to it.
-func keysArrive(t *testing.T, s *server) {
+// keysArrive does what the kubelet does when a ConfigMap with keys comes: it writes a directory beside, and turns a symbolic link to it. It returns the key's fingerprint once the server has it.
+func keysArrive(t *testing.T, s *server) (fingerprint string) {
 	t.Helper()
 	key, err := trusttest.NewKey(trusttest.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	fingerprint := key.Fingerprint()
+	fingerprint = key.Fingerprint()
 	mount := filepath.Join(s.dir, "run/trustedkeys/root.d")
 	version := filepath.Join(mount, "..2026_01_02")
 	if err := os.Mkdir(version, 0o755); err != nil {
@@ -196,7 +196,7 @@ func keysArrive(t *testing.T, s *server) {
 		}
 		resp.Body.Close()
 		if resp.StatusCode == http.StatusOK {
-			return
+			return fingerprint
 		}
 		if time.Now().After(end) {
 			t.Fatalf("%s is still %s; the server has printed\n%s", url, resp.Status, s.out.String())
