@@ -58,7 +58,14 @@ dpkg --install /later.deb
 test "$(dpkg-query --show --showformat '${Version}' acproxy)" = "1.2.3"
 grep -q '^# mine$' /etc/acproxy/config.yaml || fail "the configuration was replaced"
 test -e /var/lib/acproxy/kept || fail "what it kept is gone"
+
+say 'a local CA and a token, made by root, for a service that is somebody else'
+acproxy ca init --config /etc/acproxy/config.yaml --host example.com >/dev/null
+acproxy token add --config /etc/acproxy/config.yaml robot >/dev/null
+sed -i 's/^  - address: 127.0.0.1:8080$/&\n  - address: 127.0.0.1:8443\n    tls: local-ca/' /etc/acproxy/config.yaml
 start
+acproxy ca show --pem --config /etc/acproxy/config.yaml > /tmp/ca.pem
+test "$(curl -fsS --cacert /tmp/ca.pem --connect-to example.com:443:127.0.0.1:8443 https://example.com/.acproxy/healthz)" = ok || fail "it doesn't answer as example.com"
 stop
 
 say remove
