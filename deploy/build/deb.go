@@ -96,7 +96,7 @@ func (r *release) debianPackage(p product) (content []byte, name string, err err
 			Recommends: []string{"ca-certificates"},
 			Suggests:   []string{"bash-completion"},
 			Scripts:    nfpm.Scripts{PostInstall: script("postinst"), PreRemove: script("prerm"), PostRemove: script("postrm")},
-			Deb:        nfpm.Deb{Compression: "xz", Fields: map[string]string{"Multi-Arch": "foreign"}},
+			Deb:        nfpm.Deb{Compression: "gzip", Fields: map[string]string{"Multi-Arch": "foreign"}},
 		},
 	}
 	var b bytes.Buffer

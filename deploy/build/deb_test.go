@@ -57,8 +57,8 @@ func TestDebianPolicy(t *testing.T) {
 // TestDebianPackageInstalls installs, starts, upgrades, removes and purges the package with dpkg itself, in a copy of this machine that is thrown away. There
 // is no systemd in it: what the unit says is run, as a user without rights.
 func TestDebianPackageInstalls(t *testing.T) {
-	needRoot(t)
-	need(t, "dpkg", "unshare", "mount", "chroot", "setpriv", "ip", "curl", "deb-systemd-helper")
+	need(t, "dpkg", "deb-systemd-helper")
+	needRoom(t)
 	first := name(t, "acproxy_*.deb")
 	later := filepath.Join(t.TempDir(), "later.deb")
 	if err := os.WriteFile(later, laterPackage(t), 0o644); err != nil {
@@ -75,7 +75,7 @@ func TestDebianPackageInstalls(t *testing.T) {
 	cmd := exec.Command("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--propagation", "private", "sh", "-euc", `
 mount -t tmpfs tmpfs "$1"
 mkdir "$1/upper" "$1/work" "$1/root"
-if ! mount -t overlay -o lowerdir=/,upperdir="$1/upper",workdir="$1/work" overlay "$1/root"; then exit 99; fi
+mount -t overlay -o lowerdir=/,upperdir="$1/upper",workdir="$1/work" overlay "$1/root"
 cp "$2" "$1/root/first.deb"; cp "$3" "$1/root/later.deb"; cp "$4" "$1/root/install.sh"; cp "$5" "$1/root/key.asc"
 mount -t proc proc "$1/root/proc"
 mount --rbind /dev "$1/root/dev"
@@ -90,11 +90,7 @@ if [ -s "$1/left" ]; then echo "purging leaves:"; cat "$1/left"; exit 1; fi
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
 	started := time.Now()
-	err = cmd.Run()
-	if cmd.ProcessState != nil && cmd.ProcessState.ExitCode() == 99 && os.Getenv("ACPROXY_TEST_REQUIRE_TOOLS") == "" {
-		t.Skipf("an overlay over / can't be mounted here:\n%s", out.Bytes())
-	}
-	if err != nil {
+	if err := cmd.Run(); err != nil {
 		t.Errorf("%v\n%s", err, out.Bytes())
 	}
 	t.Logf("in %v:\n%s", time.Since(started).Round(time.Millisecond), out.Bytes())

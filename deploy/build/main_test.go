@@ -27,11 +27,20 @@ func need(tb testing.TB, names ...string) {
 	}
 }
 
-// needRoot skips what mounts and changes users.
-func needRoot(tb testing.TB) {
-	tb.Helper()
+// needRoom skips what mounts, makes networks and changes users, where that may not be done.
+func needRoom(t *testing.T) {
+	t.Helper()
+	need(t, "unshare", "mount", "chroot", "setpriv", "ip", "curl")
 	if os.Geteuid() != 0 {
-		tb.Skip("only root may mount")
+		t.Skip("only root may change users")
+	}
+	out, err := exec.Command("unshare", "--mount", "--net", "--pid", "--fork", "--propagation", "private", "sh", "-euc", `
+mount -t tmpfs tmpfs "$1"
+mkdir "$1/upper" "$1/work" "$1/root"
+mount -t overlay -o lowerdir=/,upperdir="$1/upper",workdir="$1/work" overlay "$1/root"
+ip link set lo up`, "sh", t.TempDir()).CombinedOutput()
+	if err != nil {
+		t.Skipf("this machine doesn't let a process mount anything for itself: %v\n%s", err, out)
 	}
 }
 

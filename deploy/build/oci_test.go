@@ -130,8 +130,7 @@ func TestImageInspects(t *testing.T) {
 
 // TestImageRuns runs the image as its configuration says: its user, without a capability, its root read-only but for the volume.
 func TestImageRuns(t *testing.T) {
-	needRoot(t)
-	need(t, "unshare", "mount", "chroot", "setpriv", "ip", "curl")
+	needRoom(t)
 	config, err := imageOf(t).ConfigFile()
 	if err != nil {
 		t.Fatal(err)
