@@ -6,7 +6,7 @@ FUZZTIME ?= 30s
 TIMEOUT  ?= 10m
 
 .DEFAULT_GOAL := help
-.PHONY: help fmt lint test race chaos fuzz fuzz-list bench bench-verify bench-peers soak bench-store bench-compare run demo profile generate check
+.PHONY: help fmt lint test race chaos fuzz fuzz-list bench bench-verify bench-peers soak bench-store bench-compare run demo profile generate dist dist-test check
 
 help: ## show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s '	'
@@ -17,6 +17,7 @@ fmt: ## format the Go files
 lint: ## go vet and golangci-lint, as pinned in tools/go.mod
 	$(GO) vet ./...
 	$(TOOL) golangci-lint run ./...
+	cd deploy/build && $(GO) tool -modfile=../../tools/go.mod golangci-lint run --config ../../.golangci.yml ./...
 
 test: ## the tests, as on a machine that has only Go
 	$(GO) test -timeout $(TIMEOUT) ./...
@@ -70,8 +71,16 @@ generate: ## make again what is made from the source: config.example.yaml, docs/
 	$(GO) generate ./...
 	$(GO) test -count 1 -run '^TestCommandReference$$' . -update
 
+dist: ## what is released, into dist/: binaries, archives, Debian packages, OCI image, SBOMs, SHA256SUMS; ARGS="-version 1.2.3 -arch amd64"
+	$(GO) -C deploy/build run . -source "$(CURDIR)" -out "$(CURDIR)/dist" $(ARGS)
+
+# -count 1, because go test doesn't see when files outside of that module change.
+dist-test: ## build it twice and compare, install and run the packages, read the manifests; ACPROXY_TEST_COLD=1 builds without any cache
+	$(GO) -C deploy/build vet ./...
+	$(GO) -C deploy/build test -count 1 -timeout 15m $(ARGS) ./...
+
 check: ## everything that .ci/run checks, with what is installed
 	@test -z "$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go'))" || { echo "not formatted: make fmt"; gofmt -l .; exit 1; }
-	$(MAKE) lint race
+	$(MAKE) lint race dist-test
 	$(GO) mod tidy -diff
 	$(GO) run ./cmd/acproxy demo --once

@@ -40,17 +40,42 @@ type File interface {
 	Name() string
 }
 
-// OS is the FS of the operating system.
+// OS is the FS of the operating system. What root makes belongs to whom the directory belongs that it is made in, so that root can run commands beside a
+// service that has a user of its own, and leaves nothing there that the service can't read.
 type OS struct{}
 
 var _ FS = OS{}
 
 // MkdirAll is [os.MkdirAll].
-func (OS) MkdirAll(dir string, perm fs.FileMode) error { return os.MkdirAll(dir, perm) }
+func (o OS) MkdirAll(dir string, perm fs.FileMode) error {
+	if _, err := os.Stat(dir); os.Geteuid() != 0 || err == nil {
+		return os.MkdirAll(dir, perm)
+	}
+	above := filepath.Dir(filepath.Clean(dir))
+	if err := o.MkdirAll(above, perm); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, perm); err != nil {
+		// Somebody else may have made it in between.
+		return os.MkdirAll(dir, perm)
+	}
+	d, err := openMade(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(inherit(d, above), d.Close())
+}
 
 // Create is [os.OpenFile] for a name that must not exist.
 func (OS) Create(name string, perm fs.FileMode) (File, error) {
-	return os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, perm)
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, perm)
+	if err != nil || os.Geteuid() != 0 {
+		return f, err
+	}
+	if err := inherit(f, filepath.Dir(name)); err != nil {
+		return nil, errors.Join(err, f.Close(), os.Remove(name))
+	}
+	return f, nil
 }
 
 // OpenFile is [os.OpenFile] for a name that must exist.

@@ -149,7 +149,8 @@ func Init(dir string, hosts []string, opts Options) (*CA, error) {
 
 // Load reads the CA in dir. It returns an error matching [fs.ErrNotExist] if there is none, so that the caller can say how one is made, and
 // other errors if it can't be used: the key belongs to another certificate or may be read by others than its owner, the certificate has
-// expired, is not a CA's, or is not constrained to any hosts.
+// expired, is not a CA's, or is not constrained to any hosts. A key that root owns may be read by its group, which is how Kubernetes mounts a Secret for a
+// pod with a user of its own (fsGroup).
 func Load(dir string) (*CA, error) { return load(dir, time.Now) }
 
 func load(dir string, now func() time.Time) (*CA, error) {
@@ -166,7 +167,7 @@ func load(dir string, now func() time.Time) (*CA, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", certPath, err)
 	}
-	keyPEM, mode, err := readFile(keyPath)
+	keyPEM, keyFile, err := readFile(keyPath)
 	if errors.Is(err, fs.ErrNotExist) {
 		// This is not the same as no CA at all: making another one would not bring it back.
 		return nil, fmt.Errorf("%s is there, but not its key %s: restore the key, or move the certificate away and make a new CA", certPath, keyPath)
@@ -174,8 +175,8 @@ func load(dir string, now func() time.Time) (*CA, error) {
 	if err != nil {
 		return nil, err
 	}
-	if mode.Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("the CA's key %s has mode %04o: whoever can read it can pose as every host of this CA; run: chmod 600 %s", keyPath, mode.Perm(), keyPath)
+	if mode := keyFile.Mode().Perm(); mode&0o077 != 0 && !(mode&0o077 == 0o040 && ownedByRoot(keyFile) && os.Geteuid() != 0) {
+		return nil, fmt.Errorf("the CA's key %s has mode %04o: whoever can read it can pose as every host of this CA; run: chmod 600 %s", keyPath, mode, keyPath)
 	}
 	key, err := parseKey(keyPEM)
 	if err != nil {
@@ -389,21 +390,21 @@ func checkAbsent(dir string) error {
 }
 
 // readFile returns a file's content and mode, both of the same file even if the name changes hands meanwhile.
-func readFile(path string) ([]byte, fs.FileMode, error) {
+func readFile(path string) ([]byte, fs.FileInfo, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, err
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, err
 	}
 	if !st.Mode().IsRegular() || st.Size() > maxFileSize {
-		return nil, 0, fmt.Errorf("%s is not a file of at most %d bytes", path, maxFileSize)
+		return nil, nil, fmt.Errorf("%s is not a file of at most %d bytes", path, maxFileSize)
 	}
 	content, err := io.ReadAll(io.LimitReader(f, maxFileSize))
-	return content, st.Mode(), err
+	return content, st, err
 }
 
 // parseKey reads a private key in PKCS #8, or in the older form that openssl ecparam writes.

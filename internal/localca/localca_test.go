@@ -275,6 +275,12 @@ func TestLoadRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
+		// Only where another user, root, owns it.
+		{name: "a key of one's own that the group can read", err: "mode 0440", spoil: func(t *testing.T, dir string) {
+			if err := os.Chmod(filepath.Join(dir, KeyFile), 0o440); err != nil {
+				t.Fatal(err)
+			}
+		}},
 		{name: "a key that others can write", err: "chmod 600", spoil: func(t *testing.T, dir string) {
 			if err := os.Chmod(filepath.Join(dir, KeyFile), 0o602); err != nil {
 				t.Fatal(err)
