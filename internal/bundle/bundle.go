@@ -86,7 +86,6 @@ type Image struct {
 	Signature *Signature    `json:"signature,omitempty"` // nil if the image isn't signed
 	Signers   []string      `json:"signers,omitempty"`   // fingerprints of the keys for whose signature the exporting side accepted it
 	Modified  time.Time     `json:"modified,omitzero"`   // the publisher's Last-Modified
-	Pinned    bool          `json:"pinned,omitempty"`    // on the exporting side
 	// At is where the image begins in the tar, counted from the end of the note. The bundle sets it.
 	At int64 `json:"at,omitempty"`
 	// Absent says that the image isn't carried: the other side has it.
