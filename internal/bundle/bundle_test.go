@@ -734,42 +734,51 @@ func TestGoesOnWhereItWas(t *testing.T) {
 	}
 }
 
+// FuzzReader is given an index and what follows its note. The headers and the note are made to fit: nothing else would be looked at.
 func FuzzReader(f *testing.F) {
 	x, g := sample(f, 700, 300, 20)
-	for _, s := range []*Signer{nil, signer(f, "here")} {
-		f.Add(streamed(f, mustNew(f, x, s), 0, g.open))
+	add := func() {
+		b := mustNew(f, x, nil)
+		f.Add(b.encoded, streamed(f, b, b.base(), g.open))
 	}
+	add()
 	x.Since, x.Images[1].Absent = acproxy.Digest{1}, true
-	f.Add(streamed(f, mustNew(f, x, nil), 0, g.open))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		r, err := NewReader(Plain(bytes.NewReader(b)), nil)
+	add()
+	f.Fuzz(func(t *testing.T, index, rest []byte) {
+		var stream bytes.Buffer
+		note := []byte(statement(index, bytes.Count(index, []byte("\n{\"image\""))))
+		for _, own := range []struct {
+			name string
+			b    []byte
+		}{{indexName, index}, {noteName, note}} {
+			stream.Write(header(own.name, int64(len(own.b))))
+			stream.Write(own.b)
+			stream.Write(make([]byte, padded(int64(len(own.b)))-int64(len(own.b))))
+		}
+		stream.Write(rest)
+		good, bad, err := readAll(Plain(&stream))
+		x, parsed := Parse(index)
+		if (err == nil) != (parsed == nil) {
+			t.Fatalf("reading: %v, parsing its index: %v", err, parsed)
+		}
 		if err != nil {
 			return
 		}
-		encoded, err := r.Index.encode()
-		if err != nil || ID(encoded) != r.ID {
+		encoded, err := x.Encode()
+		if err != nil || !bytes.Equal(encoded, index) {
 			t.Fatalf("the index that was read is written as another: %v", err)
-		}
-		good, bad, err := readAll(Plain(bytes.NewReader(b)))
-		if err != nil {
-			t.Fatal(err)
 		}
 		if len(bad) > 0 {
 			return
 		}
-		// What is whole is what would be written, up to padding and signature.
+		// What is whole is what would be written, up to padding.
 		g := make(goods)
 		for _, b := range good {
 			g.put(b)
 		}
-		again, err := New(r.Index, nil)
-		if err != nil {
-			t.Fatal(err)
+		if again := streamed(t, mustNew(t, x, nil), 0, g.open); len(again)-len(rest) != 2*blockSize+int(padded(int64(len(index)))+padded(int64(len(note)))) {
+			t.Fatalf("%d bytes would be written, and %d were read", len(again), len(rest))
 		}
-		if again.ID() != r.ID || r.Size > int64(len(b)) {
-			t.Fatalf("ID %v, size %d of %d", again.ID(), r.Size, len(b))
-		}
-		streamed(t, again, 0, g.open)
 	})
 }
 
@@ -797,6 +806,62 @@ func FuzzTable(f *testing.F) {
 		again, err := parseTable(encoded)
 		if err != nil || again.Size != table.Size || len(again.Volumes) != len(table.Volumes) {
 			t.Fatalf("%v", err)
+		}
+	})
+}
+
+func TestReceipt(t *testing.T) {
+	here := signer(t, "here")
+	r := &Receipt{Time: time.Unix(1_700_000_000, 0).UTC(), Bundle: acproxy.Digest{1}, Images: []Held{
+		{Digest: acproxy.Digest{9}, Signature: acproxy.Digest{8}, Refs: []acproxy.Ref{ref(t, "example.com/b:1"), ref(t, "example.com/a:1")}}, {Digest: acproxy.Digest{3}},
+	}}
+	for _, s := range []*Signer{nil, here} {
+		b, err := r.Encode(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !IsReceipt(b) {
+			t.Error("it isn't recognized")
+		}
+		got, err := ReadReceipt(bytes.NewReader(b), nil)
+		if err != nil || !got.Time.Equal(r.Time) || got.Bundle != r.Bundle || len(got.Images) != 2 || got.Images[0].Digest[0] != 3 || len(got.Images[1].Refs) != 2 {
+			t.Errorf("read back: %+v, %v", got, err)
+		}
+		_, err = ReadReceipt(bytes.NewReader(b), []string{here.Verifier()})
+		if wantErr := s == nil; (err != nil) != wantErr {
+			t.Errorf("signed by %v: %v", s, err)
+		}
+		// Every flipped bit and every truncation is noticed.
+		for at := range b {
+			damaged := bytes.Clone(b)
+			damaged[at] ^= 0x04
+			if _, err := ReadReceipt(bytes.NewReader(damaged), nil); err == nil && at < bytes.LastIndex(b, []byte(`{"note"`)) {
+				t.Fatalf("byte %d (%q) flipped, and nobody notices", at, b[at])
+			}
+			if _, err := ReadReceipt(bytes.NewReader(b[:at]), nil); err == nil {
+				t.Fatalf("cut after %d bytes, and nobody notices", at)
+			}
+		}
+	}
+}
+
+func FuzzReceipt(f *testing.F) {
+	b, err := (&Receipt{Images: []Held{{Digest: acproxy.Digest{9}}}}).Encode(signer(f, "here"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := ReadReceipt(bytes.NewReader(b), nil)
+		if err != nil {
+			return
+		}
+		again, err := r.Encode(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s, err := ReadReceipt(bytes.NewReader(again), nil); err != nil || len(s.Images) != len(r.Images) {
+			t.Fatalf("%+v, %v", s, err)
 		}
 	})
 }
