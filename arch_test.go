@@ -48,11 +48,12 @@ var layers = map[string][]string{
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
 	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo"},
 	"internal/admin":       {".", "cache", "internal/web"},
+	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
 	"internal/metrics":     {"internal/server", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/reread", "internal/server", "internal/admin",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 

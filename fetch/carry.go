@@ -15,6 +15,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/trust"
 )
 
 // A Carried is an image that somebody brought, in place of its publisher. Nothing that is said of it here is believed: it is what to hold the bytes against.
@@ -365,4 +366,44 @@ func (f *Fetcher) Teach(name string, templates []discovery.Template) (bool, erro
 		found.When = f.now()
 	}
 	return true, f.cfg.Store.Learn(found)
+}
+
+// Verify judges a carried image by its bytes as [Fetcher.Take] does, and keeps nothing. What the store holds is not looked at.
+func (f *Fetcher) Verify(ctx context.Context, c Carried, body io.Reader) error {
+	e, err := f.examine(c)
+	if err != nil {
+		return err
+	}
+	d := &download{f: f, name: c.Name, source: c.Source, carried: &c}
+	sum := sha256.New()
+	to := io.Writer(sum)
+	var hasher *trust.Hasher
+	if c.Signature != nil {
+		if hasher, err = trust.NewHasher(c.Signature); err != nil {
+			return err
+		}
+		to = io.MultiWriter(sum, hasher)
+	}
+	read := io.TeeReader(&cancelReader{ctx: ctx, r: body}, to)
+	found, wrong := aci.Inspect(read, f.cfg.Limits, func(m aci.Manifest) error { return e.full.Matches(m.Name, m.Labels) })
+	if _, err := io.Copy(io.Discard, read); err != nil {
+		return err
+	}
+	// In the order in which Take finds it out.
+	if err := d.asSaid(acproxy.Digest(sum.Sum(nil))); err != nil {
+		return err
+	}
+	var hashed trust.Hashed
+	if hasher != nil {
+		if hashed, err = hasher.Hashed(); err != nil {
+			return err
+		}
+	}
+	if _, err := f.judge(f.cfg.Keyring(), c.Name, c.Signature, hashed, e.policy); err != nil {
+		return err
+	}
+	if wrong != nil {
+		return wrong
+	}
+	return d.identifiedAsSaid(found)
 }

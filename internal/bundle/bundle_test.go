@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -21,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/durable"
 	"github.com/acproxy/acproxy/internal/durable/durabletest"
 )
 
@@ -652,13 +654,40 @@ func TestWritingSurvives(t *testing.T) {
 			if err := fsys.Crash(left, survival); err != nil {
 				t.Fatal(err)
 			}
-			if err := out(left).Write(t.Context(), b, g.open); err != nil {
+			again := out(left)
+			again.FS = unsynced{}
+			if err := again.Write(t.Context(), b, g.open); err != nil {
 				t.Fatalf("call %d (%s) %v, %v: going on: %v", at, counting.Calls()[at-1], mode, survival, err)
 			}
 			same(t, want, left)
 		}
 	}
 }
+
+// unsynced waits for no disk.
+type unsynced struct{ durable.OS }
+
+func (unsynced) SyncDir(string) error { return nil }
+
+func (u unsynced) Create(name string, perm fs.FileMode) (durable.File, error) {
+	f, err := u.OS.Create(name, perm)
+	if err != nil {
+		return nil, err
+	}
+	return unsyncedFile{f}, nil
+}
+
+func (u unsynced) OpenFile(name string) (durable.File, error) {
+	f, err := u.OS.OpenFile(name)
+	if err != nil {
+		return nil, err
+	}
+	return unsyncedFile{f}, nil
+}
+
+type unsyncedFile struct{ durable.File }
+
+func (unsyncedFile) Sync() error { return nil }
 
 type brokenFS struct {
 	*durabletest.FS

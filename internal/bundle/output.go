@@ -421,7 +421,7 @@ func (w *output) parity(ctx context.Context, table *Table) (err error) {
 		return err
 	}
 	v := &Volumes{bundle: filepath.Base(w.Path), table: table, told: make(map[string]int), lost: make(map[string]bool)}
-	defer func() { err = errors.Join(err, v.Close()) }()
+	defer v.Close()
 	for i := range table.Volumes {
 		f, _, err := openRegular(w.path(i))
 		if err != nil {

@@ -61,7 +61,8 @@ type Volumes struct {
 func OpenVolumes(name string, dirs ...string) (*Volumes, error) {
 	v := &Volumes{bundle: name, dirs: dirs, blockAt: -1, told: make(map[string]int), lost: make(map[string]bool)}
 	if err := v.find(); err != nil {
-		return nil, errors.Join(err, v.Close())
+		v.Close()
+		return nil, err
 	}
 	return v, nil
 }
@@ -79,15 +80,13 @@ func (v *Volumes) Problems() []Problem { return slices.Clone(v.problems) }
 func (v *Volumes) Size() int64 { return v.size }
 
 // Close closes the files.
-func (v *Volumes) Close() error {
-	var errs []error
+func (v *Volumes) Close() {
 	for _, f := range slices.Concat(v.files, v.parity) {
 		if f != nil {
-			errs = append(errs, f.Close())
+			_ = f.Close() // it was only read
 		}
 	}
 	v.files, v.parity = nil, nil
-	return errors.Join(errs...)
 }
 
 func (v *Volumes) find() error {
@@ -97,15 +96,12 @@ func (v *Volumes) find() error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	parity, err := v.findTable()
-	if err != nil {
-		return err
-	}
+	parity := v.findTable()
 	if v.table == nil {
 		for _, f := range parity {
-			err = errors.Join(err, f.Close())
+			_ = f.Close() // it was only read
 		}
-		return errors.Join(err, v.guess())
+		return v.guess()
 	}
 	v.size, v.volume = v.table.Size, v.table.VolumeSize
 	for i, want := range v.table.Volumes {
@@ -166,7 +162,7 @@ func openRegular(path string) (*os.File, int64, error) {
 }
 
 // findTable finds the table in its file, or in the parity volumes, and opens those that go with it.
-func (v *Volumes) findTable() (map[string]*os.File, error) {
+func (v *Volumes) findTable() map[string]*os.File {
 	own, err := v.readTable()
 	if err != nil {
 		v.problem(TableFile(v.bundle), err.Error())
@@ -207,7 +203,7 @@ func (v *Volumes) findTable() (map[string]*os.File, error) {
 		}
 	}
 	if v.table == nil {
-		return parity, nil
+		return parity
 	}
 	for name, t := range tables {
 		if t.Bundle != v.table.Bundle {
@@ -228,7 +224,7 @@ func (v *Volumes) findTable() (map[string]*os.File, error) {
 			delete(parity, name)
 		}
 	}
-	return parity, nil
+	return parity
 }
 
 func seq(n int) []int {
