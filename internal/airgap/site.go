@@ -143,8 +143,8 @@ func (w *siteWriting) path(ref acproxy.Ref) (string, error) {
 			return "", err
 		}
 		path := ref.Host() + u.Path
-		// A label's value is a stranger's, and a server decodes what a template has encoded.
-		if strings.Count(u.Path, "/") != strings.Count(ref.Name(), "/")+2 || !filepath.IsLocal(path) || strings.ContainsFunc(path, func(r rune) bool { return r < ' ' || r == '\\' || r == 0x7f }) {
+		// A label's value is a stranger's, and a server decodes what a template has encoded. rkt encodes nothing, so that what would need it is never asked for.
+		if strings.Count(u.Path, "/") != strings.Count(ref.Name(), "/")+2 || !filepath.IsLocal(path) || strings.ContainsFunc(path, func(r rune) bool { return r < ' ' || strings.ContainsRune(`\%?#`, r) || r == 0x7f }) {
 			return "", fmt.Errorf("its labels can't be in the name of a file: %q", u.Path)
 		}
 		return path, nil
