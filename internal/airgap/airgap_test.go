@@ -295,7 +295,7 @@ func newTaker() *taker {
 	return &taker{refuse: make(map[string]error), held: make(map[acproxy.Digest]bool), took: make(map[acproxy.Digest][]byte)}
 }
 
-func streamOf(t *testing.T, s *shelf, choice Choice) ([]byte, *bundle.Bundle) {
+func streamOf(t *testing.T, s *shelf, choice Choice) []byte {
 	t.Helper()
 	c, err := Choose(t.Context(), s, choice)
 	if err != nil {
@@ -314,7 +314,7 @@ func streamOf(t *testing.T, s *shelf, choice Choice) ([]byte, *bundle.Bundle) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return all, b
+	return all
 }
 
 func takeIn(t *testing.T, in Intake, k *taker, stream []byte) (Summary, map[string]string) {
@@ -337,7 +337,7 @@ func TestTakeIn(t *testing.T) {
 	for _, name := range []string{"a", "b", "c", "d"} {
 		s.put(t, "example.com/"+name, version("1"))
 	}
-	stream, _ := streamOf(t, s, Choice{All: true})
+	stream := streamOf(t, s, Choice{All: true})
 	k := newTaker()
 	k.refuse["example.com/b"] = &acproxy.Error{Kind: acproxy.ErrRefused, Code: "unknown-key"}
 	k.refuse["example.com/d"] = errors.New("the disk is broken")
@@ -364,7 +364,7 @@ func TestDryRunTakesNothing(t *testing.T) {
 	s := newShelf()
 	s.put(t, "example.com/a", version("1"))
 	s.put(t, "example.com/b", version("1"))
-	stream, _ := streamOf(t, s, Choice{All: true})
+	stream := streamOf(t, s, Choice{All: true})
 	k := newTaker()
 	k.held[s.records[1].Digest] = true
 	// What is held is read in a dry run all the same: whether the bundle is whole is what was asked.
@@ -384,7 +384,7 @@ func TestDelta(t *testing.T) {
 	s.put(t, "example.com/a", version("1"))
 	s.put(t, "example.com/b", version("1"))
 	since := map[acproxy.Digest]acproxy.Digest{s.records[0].Digest: s.records[0].SignatureDigest}
-	stream, _ := streamOf(t, s, Choice{All: true, Since: since, SinceID: acproxy.Digest{1}})
+	stream := streamOf(t, s, Choice{All: true, Since: since, SinceID: acproxy.Digest{1}})
 	if bytes.Contains(stream, s.blobs[s.records[0].Digest]) {
 		t.Error("it carries what is there")
 	}

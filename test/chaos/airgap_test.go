@@ -14,14 +14,13 @@ import (
 	"github.com/acproxy/acproxy/test/tracer"
 )
 
-// must runs a command of the binary, which has to end with 0, and returns what it says.
-func (r *run) must(config string, args ...string) string {
+// must runs a command of the binary, which has to end with 0.
+func (r *run) must(config string, args ...string) {
 	r.t.Helper()
 	out, err := r.command(config, args...).CombinedOutput()
 	if err != nil {
 		r.t.Fatalf("acproxy %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
-	return string(out)
 }
 
 // bundle is the file with the bundle that is imported.

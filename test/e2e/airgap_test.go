@@ -95,15 +95,19 @@ func TestAirGap(t *testing.T) {
 		t.Error("it has a discovery page for what was refused")
 	}
 
+	if now := len(connected.publisher.Requests()); now != asked {
+		t.Errorf("the publisher was asked %d times meanwhile", now-asked)
+	}
+
 	// The next one brings what has come since, and moves what was the latest.
 	connected.start()
 	spec.Labels = standard("3.0.0")
 	web3 := connected.publish(spec)
 	connected.fetchAsRkt(connected.node, web3)
 	connected.inspected(web3)
-	connected.restart(sigterm)
-	connected.configureStale()
-	connected.restart(sigterm)
+	connected.server().end(sigterm)
+	connected.configure("freshness: {ttl: 0s, max_stale: 0s}") // it asks what is the latest each time
+	connected.start()
 	latest.aci, latest.sum = web3.aci, web3.sum
 	connected.fetchAsRkt(connected.node, latest)
 	asked = len(connected.publisher.Requests())
@@ -133,11 +137,6 @@ func TestAirGap(t *testing.T) {
 	if code, out := other.cli("fsck"); code != 0 {
 		t.Errorf("acproxy fsck = %d\n%s", code, out)
 	}
-}
-
-// configureStale has the server ask for what is the latest each time.
-func (s *scene) configureStale() {
-	s.configure("freshness: {ttl: 0s, max_stale: 0s}")
 }
 
 // TestAirGapHostileBundle changes a bundle in many ways. Whatever comes of it, the store is in order, and holds nothing but what the publisher published.
