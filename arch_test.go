@@ -43,18 +43,21 @@ var layers = map[string][]string{
 	"internal/localca": {".", "internal/durable"},
 	"internal/config":  {"."},
 
+	"internal/bundle": {".", "internal/durable"},
+
 	// What stands on them.
 	"internal/credentials": {".", "internal/reread"},
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
 	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem"},
 	"internal/journal":     {"fetch"},
 	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/problem", "internal/web"},
+	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
 	"internal/page":        {".", "cache", "fetch", "internal/access", "internal/admin", "internal/history", "internal/journal", "internal/problem", "internal/web"},
 	"internal/metrics":     {"internal/server", "internal/history", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
@@ -73,17 +76,19 @@ var layers = map[string][]string{
 // reserved says which packages may import something of others, outside of tests and of what is made for tests.
 var reserved = map[string][]string{
 	// Unsafe by the word of its authors. It is what rkt runs, so trust asks it what rkt will say, and decides nothing by it.
-	"golang.org/x/crypto/openpgp":     {"trust"},
-	"github.com/ProtonMail/go-crypto": {"trust"},
-	"go.etcd.io/bbolt":                {"cache"},
-	"github.com/gorilla/mux":          {"internal/server", "internal/admin"},
-	"github.com/danielgtaylor/huma":   {"internal/admin"},
-	"github.com/patrickmn/go-cache":   {"discovery", "fetch"},
-	"github.com/goccy/go-yaml":        {"internal/config"},
-	"github.com/spf13/cobra":          {"cmd/acproxy"},
-	"golang.org/x/net/html":           {"discovery"},
-	"github.com/ulikunitz/xz":         {"internal/aci"},
-	"github.com/fsnotify/fsnotify":    {"trust"},
+	"golang.org/x/crypto/openpgp":      {"trust"},
+	"github.com/ProtonMail/go-crypto":  {"trust"},
+	"go.etcd.io/bbolt":                 {"cache"},
+	"github.com/gorilla/mux":           {"internal/server", "internal/admin"},
+	"github.com/danielgtaylor/huma":    {"internal/admin"},
+	"github.com/patrickmn/go-cache":    {"discovery", "fetch"},
+	"github.com/goccy/go-yaml":         {"internal/config"},
+	"github.com/spf13/cobra":           {"cmd/acproxy"},
+	"golang.org/x/net/html":            {"discovery"},
+	"github.com/ulikunitz/xz":          {"internal/aci"},
+	"github.com/fsnotify/fsnotify":     {"trust"},
+	"github.com/klauspost/reedsolomon": {"internal/bundle"},
+	"golang.org/x/mod":                 {"internal/bundle"},
 	// The reference client compares discovery with ours in tests, and plays the node.
 	"github.com/appc/spec/discovery": {},
 }

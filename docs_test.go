@@ -418,7 +418,7 @@ func TestCommandReference(t *testing.T) {
 	all := commands(t, programs(t))
 	var b strings.Builder
 	b.WriteString("# Commands\n\nWhat `acproxy COMMAND --help` prints. This page is made from that (`make generate`).\n\n" +
-		"The exit code is 0 if what was asked for was done, 1 if it could not be or the answer is no, 2 if it could not be understood.\n")
+		"The exit code is 0 if what was asked for was done, 1 if it could not be or the answer is no, 2 if it could not be understood, 3 if it was done in part.\n")
 	for _, c := range all {
 		fmt.Fprintf(&b, "\n## %s\n\n```\n%s```\n", strings.TrimSpace("acproxy "+c.path), c.help)
 	}

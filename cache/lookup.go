@@ -708,3 +708,16 @@ func (d *Disk) namePath(name string) string {
 }
 
 func nameDigest(name string) acproxy.Digest { return sha256.Sum256([]byte(name)) }
+
+// Answers returns what an image answers, in no order, or an error matching [acproxy.ErrNotFound] if it is not held.
+func (d *Disk) Answers(digest acproxy.Digest) ([]Resolution, error) {
+	defer d.locks.lock(digest)()
+	img, err := d.imageLocked(digest)
+	if err != nil {
+		return nil, err
+	}
+	if img == nil {
+		return nil, notHeld(digest)
+	}
+	return img.Refs, nil
+}

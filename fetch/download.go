@@ -53,6 +53,8 @@ type download struct {
 	// verdict.
 	urgent chan struct{}
 	hurry  func()
+	// carried is the image that somebody brought, nil if the publisher sends it. There is nobody to ask for the rest of one, or for its signature.
+	carried *Carried
 	// pieced says that the bytes came with more than one answer. It belongs to the goroutine that receives.
 	pieced bool
 	// decided is closed with the verdict, good or bad; finished, after that, with the end of the inspection.
@@ -278,11 +280,13 @@ func (d *download) fail(err error) {
 		if d.f.ctx.Err() != nil {
 			continue
 		}
-		// What is held for the ref, if anything, is answered with in the meantime.
-		d.f.pause(ref)
+		// What is held for the ref, if anything, is answered with in the meantime. What somebody has brought says nothing about the publisher.
+		if d.carried == nil {
+			d.f.pause(ref)
+		}
 		if errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrPublisher) {
 			d.f.recordRefusal(ref, d.client, d.source, err)
-			if contentRefused(err) {
+			if contentRefused(err) && d.carried == nil {
 				d.f.rememberFailure(d.keyring, ref, err)
 			}
 		}
@@ -343,6 +347,9 @@ func (d *download) verdict(body io.ReadCloser, inspection *inspection) (cache.Re
 		return cache.Record{}, err
 	}
 	d.update(func() { d.complete = true })
+	if err := d.asSaid(digest); err != nil {
+		return cache.Record{}, err
+	}
 	if d.isLater() {
 		if hasher, err = d.lateSignature(); err != nil {
 			return cache.Record{}, err
@@ -374,6 +381,9 @@ func (d *download) verdict(body io.ReadCloser, inspection *inspection) (cache.Re
 	if inspection.over() {
 		if inspection.err != nil {
 			return cache.Record{}, inspection.err
+		}
+		if err := d.identifiedAsSaid(inspection.result); err != nil {
+			return cache.Record{}, err
 		}
 		describe(&rec, inspection.result)
 	}
@@ -447,6 +457,7 @@ func (d *download) record(digest acproxy.Digest, manifest aci.Manifest, acceptan
 	if d.signature != nil {
 		rec.Signed, rec.SignatureDigest = true, sha256.Sum256(d.signature)
 	}
+	rec.Pinned = d.carried != nil && d.carried.Pin
 	for _, s := range acceptance.Signers {
 		rec.Signers = append(rec.Signers, cache.Signer{
 			Fingerprint: string(s.Fingerprint), KeyID: s.KeyID, UserID: s.UserID, Prefix: s.Prefix, Signed: s.Signed, Algorithm: s.Algorithm,
@@ -493,10 +504,15 @@ func (d *download) checkChange(rec cache.Record, inspection *inspection) error {
 	if d.policy.OnChange == FollowChange {
 		return nil
 	}
+	return changedVersion(full, before, d.source, inspection.result.ID)
+}
+
+// changedVersion refuses another image for a version that is held.
+func changedVersion(ref acproxy.Ref, before cache.Record, source string, is acproxy.ImageID) error {
 	return &acproxy.Error{
 		Kind: acproxy.ErrRefused, Code: "changed-upstream",
 		Detail: fmt.Sprintf("%v is held as %s, but %s now is %s; a version doesn't change (set on_change: follow for its prefix to take the new image)",
-			full, before.ImageID.Short(), d.source, inspection.result.ID.Short()),
+			ref, before.ImageID.Short(), source, is.Short()),
 	}
 }
 
@@ -572,6 +588,10 @@ func (d *download) inspect() *inspection {
 // spoil ends the receiving of an image whose inspection failed, as long as there is something to be received. Once all of it has come the signature is asked
 // as well, and what it says goes first: that bytes are broken is no wonder if they are others than those that were signed.
 func (d *download) spoil() {
+	if d.carried != nil {
+		// Whether it was damaged on the way shows at its end.
+		return
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if all := d.size >= 0 && d.written >= d.size; !d.complete && !all {

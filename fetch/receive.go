@@ -78,6 +78,9 @@ func (d *download) receive(body io.ReadCloser, hasher *trust.Hasher) (acproxy.Di
 		d: d, size: d.size, hashes: d.hashing(to...), left: int(max(d.f.cfg.Retries, 0)), since: d.f.now(),
 		pause: backoff.ExponentialBackOff{InitialInterval: d.f.cfg.RetryWait, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxRetryWait},
 	}
+	if d.carried != nil {
+		r.left = 0
+	}
 	err := r.run(body)
 	if behind := r.hashes.end(); err == nil {
 		err = behind
@@ -221,6 +224,9 @@ func (r *reception) copy(body io.Reader) error {
 
 // broken returns the error of a body that isn't what its header said.
 func (r *reception) broken(format string, args ...any) error {
+	if r.d.carried != nil {
+		return &acproxy.Error{Kind: acproxy.ErrInvalid, Code: codeNotAsSaid, Detail: "the image of " + r.d.name + " in " + r.d.source + ": " + fmt.Sprintf(format, args...)}
+	}
 	return &acproxy.Error{Kind: acproxy.ErrPublisher, Code: "publisher-protocol", Detail: r.d.endpoints[r.endpoint] + ": " + fmt.Sprintf(format, args...)}
 }
 

@@ -20,6 +20,7 @@ const (
 	exitOK     = 0
 	exitFailed = 1 // what was asked could not be done, or the answer is no
 	exitUsage  = 2 // what was asked could not be understood
+	exitPartly = 3 // some of what was asked was done, and some could not be
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
@@ -47,6 +48,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if !isSilent(err) {
 		printError(stderr, err)
 	}
+	var partly *partlyError
+	if errors.As(err, &partly) {
+		return exitPartly
+	}
 	return exitFailed
 }
 
@@ -72,6 +77,14 @@ func (e *usageError) Error() string { return e.err.Error() }
 func (e *usageError) Unwrap() error { return e.err }
 
 func usagef(format string, args ...any) error { return &usageError{fmt.Errorf(format, args...)} }
+
+// partlyError ends a command that has done some of what was asked.
+type partlyError struct{ error }
+
+// Unwrap returns the cause.
+func (e *partlyError) Unwrap() error { return e.error }
+
+func partly(err error) error { return &partlyError{err} }
 
 // args turns cobra's complaint about arguments into a usage error.
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
@@ -103,7 +116,7 @@ keeps exactly those bytes and serves them to every node, online or offline.
 	root.PersistentFlags().StringVar(&o.dataDir, "data-dir", "", "directory for everything acproxy keeps (default: data_dir of the configuration, else "+defaultDataDirText+")")
 	root.PersistentFlags().StringVar(&o.configFile, "config", "", "configuration file (default: none, all defaults)")
 	root.AddCommand(
-		newServe(o), newDemo(), newDiscover(o), newTrust(o), newToken(o), newVerify(o), newCA(o), newImages(o), newPin(o, true), newPin(o, false), newGC(o), newUsage(o), newRefusals(o), newPublishers(o), newFlights(o), newEvents(o), newConfig(o), newHealthcheck(o), newReload(o), newScrub(o), newFsck(o), newVersion(), newMan(),
+		newServe(o), newDemo(), newDiscover(o), newTrust(o), newToken(o), newVerify(o), newCA(o), newImages(o), newPin(o, true), newPin(o, false), newGC(o), newUsage(o), newRefusals(o), newPublishers(o), newFlights(o), newEvents(o), newConfig(o), newHealthcheck(o), newReload(o), newScrub(o), newFsck(o), newVersion(), newMan(), newExport(o), newImport(o),
 	)
 	o.completeArguments(root)
 	return root

@@ -56,6 +56,9 @@ func printJSON(w io.Writer, value any) error {
 // silentError fails a command whose output has said why already.
 type silentError struct{ error }
 
+// Unwrap returns the cause.
+func (e *silentError) Unwrap() error { return e.error }
+
 // silent returns an error that only sets the exit code.
 func silent(err error) error {
 	if err == nil {

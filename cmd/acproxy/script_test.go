@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 //	publisher stop                             takes it down
 //	serve CONFIG                               starts acproxy serve, and waits until it serves
 //	get PATH                                   asks the server for a path and wants 200
-//	stop                                       stops the server
+//	halt                                       stops the server (stop is a word of testscript: it ends the script)
 //	exit CODE COMMAND…                         runs a command, which has to end with that exit code
 //	flip FILE                                  changes one bit in the middle of a file
 //	mode MODE FILE                             checks a file's permissions
@@ -54,7 +54,7 @@ func TestScript(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"key": cmdKey, "image": cmdImage, "publisher": cmdPublisher, "serve": cmdServe, "get": cmdGet, "stop": cmdStop,
+			"key": cmdKey, "image": cmdImage, "publisher": cmdPublisher, "serve": cmdServe, "get": cmdGet, "halt": cmdHalt,
 			"digest": cmdDigest, "blob": cmdBlob, "append": cmdAppend, "exit": cmdExit, "flip": cmdFlip, "mode": cmdMode,
 		},
 	})
@@ -269,9 +269,9 @@ func cmdGet(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-func cmdStop(ts *testscript.TestScript, neg bool, args []string) {
+func cmdHalt(ts *testscript.TestScript, neg bool, args []string) {
 	s := stageOf(ts)
-	usage(ts, !neg && len(args) == 0 && s.server != nil, "stop")
+	usage(ts, !neg && len(args) == 0 && s.server != nil, "halt")
 	ts.Check(s.server.Process.Signal(syscall.SIGTERM))
 	<-s.ended
 	if code := s.server.ProcessState.ExitCode(); code != 0 {

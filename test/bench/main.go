@@ -93,6 +93,7 @@ const (
 	groupVerify = "verify" // what it costs to verify
 	groupPeers  = "peers"  // serving, side by side with other servers
 	groupStore  = "store"  // a store of very many images
+	groupAirgap = "airgap" // carrying images over an air gap
 )
 
 // A benchmark measures some contestants, the first of which the others are compared with.
@@ -167,7 +168,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	flags.BoolVar(&o.wrk, "wrk", true, "ask for small answers with wrk, which costs less than our own client")
 	flags.StringVar(&o.profile, "profile", "", "also write CPU profiles of acproxy to this directory; its figures then include the profiling")
 	flags.StringVar(&o.only, "only", "", "run only contestants whose name holds this, or one of these with commas between")
-	flags.StringVar(&group, "group", "", "run only the benchmarks of this group: verify, peers or store")
+	flags.StringVar(&group, "group", "", "run only the benchmarks of this group: verify, airgap, peers or store")
 	flags.StringVar(&jsonFile, "json", "", "also write the results to this file")
 	flags.StringVar(&chartFile, "svg", "", "also draw the goals and what was reached of them to this file")
 	flags.BoolVar(&list, "list", false, "list the benchmarks")
@@ -254,7 +255,7 @@ func choose(all []benchmark, group string, names []string) ([]benchmark, error) 
 
 // benchmarks returns all of them, in the order in which they run.
 func benchmarks(o options) []benchmark {
-	return slices.Concat(verifyBenchmarks(), warmBenchmarks(o), coldBenchmarks(o), millionBenchmarks(o))
+	return slices.Concat(verifyBenchmarks(), airgapBenchmarks(), warmBenchmarks(o), coldBenchmarks(o), millionBenchmarks(o))
 }
 
 // measure runs the contestants in turn. One that fails is left out of what it returns, beside the error.

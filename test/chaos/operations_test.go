@@ -154,6 +154,7 @@ func (w *world) prepare(t *testing.T) {
 		p.end(syscall.SIGKILL)
 	})
 	from("half", all, func(r *run) { r.arriveInPart(half) })
+	w.prepareBundle(t)
 	from("torn", all, func(r *run) {
 		p := r.trace(w.live, nil)
 		p.serves()

@@ -2,6 +2,7 @@
 package durabletest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -342,7 +343,7 @@ func Nothing() Survival { return Survival{name: "only what was synced survives"}
 func Everything() Survival { return Survival{name: "everything survives", all: true} }
 
 // Some leaves of each unsynced change of a directory and of each unsynced content, independently, all or nothing; of content also a part, or
-// zeros. The same seed leaves the same.
+// zeros. What was only appended to stays as it was synced. The same seed leaves the same.
 func Some(seed uint64) Survival {
 	return Survival{name: fmt.Sprintf("some of it survives, seed %d", seed), random: rand.New(rand.NewPCG(seed, 0))}
 }
@@ -402,13 +403,18 @@ func (s Survival) content(n *node) []byte {
 	case s.random == nil:
 		return n.synced
 	}
+	// What was synced and only appended to since is there.
+	kept := 0
+	if bytes.HasPrefix(n.now, n.synced) {
+		kept = len(n.synced)
+	}
 	switch s.random.IntN(4) {
 	case 0:
 		return n.synced
 	case 1:
-		return n.now[:s.random.IntN(len(n.now)+1)]
+		return n.now[:kept+s.random.IntN(len(n.now)-kept+1)]
 	case 2:
-		return make([]byte, len(n.now))
+		return append(n.now[:kept:kept], make([]byte, len(n.now)-kept)...)
 	}
 	return n.now
 }
