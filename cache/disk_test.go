@@ -53,6 +53,23 @@ func open(t testing.TB, dir string, opts cache.Options) *cache.Disk {
 	return d
 }
 
+// openQuiet is open of a store that does nothing by itself any more once it is returned: its index is complete, and the table of refs is written. It is for tests
+// that count its files, or have its next call fail.
+func openQuiet(t testing.TB, dir string, opts cache.Options) *cache.Disk {
+	t.Helper()
+	d := open(t, dir, opts)
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for !d.KeptRefs() {
+		if t.Context().Err() != nil {
+			t.Fatal("the table of refs is not written")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return d
+}
+
 func TestConformance(t *testing.T) {
 	cachetest.Run(t, func(t *testing.T) cache.Store { return open(t, t.TempDir(), cache.Options{}) })
 }
@@ -296,7 +313,7 @@ func TestPartialsOfTheLastTime(t *testing.T) {
 		for _, suspend := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, suspended %v", tt.name, suspend), func(t *testing.T) {
 				dir := t.TempDir()
-				d := open(t, dir, cache.Options{})
+				d := openQuiet(t, dir, cache.Options{})
 				p, err := d.Begin(t.Context(), tt.arrival)
 				if err != nil {
 					t.Fatal(err)
@@ -321,7 +338,7 @@ func TestPartialsOfTheLastTime(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				again := open(t, dir, cache.Options{Now: func() time.Time { return fi.ModTime().Add(tt.after) }})
+				again := openQuiet(t, dir, cache.Options{Now: func() time.Time { return fi.ModTime().Add(tt.after) }})
 				p, err = again.Resume(t.Context(), "a")
 				if !tt.kept {
 					if !errors.Is(err, acproxy.ErrNotFound) {
@@ -360,7 +377,7 @@ func TestPartialsOfTheLastTime(t *testing.T) {
 func TestPartialsNobodyAsksForGo(t *testing.T) {
 	dir := t.TempDir()
 	var clock atomic.Int64
-	d := open(t, dir, cache.Options{Now: func() time.Time { return when.Add(time.Duration(clock.Load())) }, FlushEvery: time.Millisecond, KeepPartials: time.Hour})
+	d := openQuiet(t, dir, cache.Options{Now: func() time.Time { return when.Add(time.Duration(clock.Load())) }, FlushEvery: time.Millisecond, KeepPartials: time.Hour})
 	p, err := d.Begin(t.Context(), cache.Arrival{Key: "a", Size: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -389,7 +406,7 @@ func TestPartialsNobodyAsksForGo(t *testing.T) {
 
 func TestNoPartialsAreKept(t *testing.T) {
 	dir := t.TempDir()
-	d := open(t, dir, cache.Options{KeepPartials: -1})
+	d := openQuiet(t, dir, cache.Options{KeepPartials: -1})
 	p, err := d.Begin(t.Context(), cache.Arrival{Key: "a", Size: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -407,7 +424,7 @@ func TestNoPartialsAreKept(t *testing.T) {
 
 func TestPartialsOfTheLastTimeAreRemoved(t *testing.T) {
 	dir := t.TempDir()
-	d := open(t, dir, cache.Options{})
+	d := openQuiet(t, dir, cache.Options{})
 	p, err := d.Begin(t.Context(), cache.Arrival{})
 	if err != nil {
 		t.Fatal(err)
@@ -419,7 +436,7 @@ func TestPartialsOfTheLastTimeAreRemoved(t *testing.T) {
 	if left := names(t, dir, "partial"); len(left) != 1 {
 		t.Fatalf("before: %v, want one file", left)
 	}
-	closeStore(t, open(t, dir, cache.Options{}))
+	closeStore(t, openQuiet(t, dir, cache.Options{}))
 	if left := names(t, dir, "partial"); len(left) != 0 {
 		t.Errorf("after: %v", left)
 	}
@@ -967,10 +984,7 @@ func commitsThatFail(t *testing.T, errno syscall.Errno, code string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := open(t, dir, cache.Options{FS: fsys})
-	if err := d.Ready(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	d := openQuiet(t, dir, cache.Options{FS: fsys})
 	img := cachetest.NewImage("example.com/app", "1", 10)
 	var calls []string
 	for range 2 { // the first time it makes a directory too
@@ -1022,7 +1036,7 @@ func TestTroubleInResumingSaysWhy(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			d := open(t, dir, cache.Options{FS: fsys})
+			d := openQuiet(t, dir, cache.Options{FS: fsys})
 			p, err := d.Begin(t.Context(), cache.Arrival{Key: "a", Size: 10})
 			if err != nil {
 				t.Fatal(err)
@@ -1074,7 +1088,7 @@ func TestLossThatCantBeNotedIsNoAbsence(t *testing.T) {
 				t.Fatal(err)
 			}
 			img := cachetest.NewImage("example.com/app", "1", 100)
-			d := open(t, dir, cache.Options{FS: fsys})
+			d := openQuiet(t, dir, cache.Options{FS: fsys})
 			fill(t, d, []cachetest.Image{img})
 			if err := spoil.do(blobPath(dir, img)); err != nil {
 				t.Fatal(err)

@@ -23,3 +23,10 @@ func SetSchema(path string, version int) error {
 	}
 	return db.Close()
 }
+
+// KeptRefs reports whether the table of refs names all that there are, so that nothing is going to write it before more change.
+func (d *Disk) KeptRefs() bool {
+	d.keeping.Lock()
+	defer d.keeping.Unlock()
+	return d.kept == d.memory.refChanges.Load()
+}

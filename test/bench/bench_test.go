@@ -77,6 +77,8 @@ func TestEveryBenchmarkRuns(t *testing.T) {
 		case "verify":
 			must = []string{acproxyName}
 		case "decisions", "rejudge":
+		case "export", "import":
+			must = []string{acproxyName}
 		case "million":
 			must = []string{closedName, killedName}
 		case "cold", "herd", "slow":

@@ -65,7 +65,9 @@ credentials:
 	if asked == 0 {
 		t.Error("nobody was asked elsewhere")
 	}
-	code, out := s.cli("discover", "example.com/secret/app:1.0.0,os=linux,arch=amd64")
+	// A name whose page the server hasn't seen yet.
+	unseen := s.publish(app("secret/unseen"))
+	code, out := s.cli("discover", unseen.name+":1.0.0,os=linux,arch=amd64")
 	if code != 0 || !strings.Contains(out, "with basic credentials") {
 		t.Errorf("discover: %d, %s, which doesn't say that credentials were shown", code, out)
 	}

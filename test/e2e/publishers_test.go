@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -127,7 +128,7 @@ func TestPublisherIsDown(t *testing.T) {
 	if h := s.storageState(); !h.Open() || h.InProgress != 0 || h.Waiting != 0 || len(h.Breakers) != 1 || h.Breakers[0].State != web.BreakerOpen || h.Breakers[0].Failures != 3 {
 		t.Errorf("%+v", h)
 	}
-	if code, out := s.cli("publishers"); code != 0 || !strings.Contains(out, storage+"  0            0        for example.com: down since ") {
+	if code, out := s.cli("publishers"); code != 0 || !regexp.MustCompile(`(?m)^`+regexp.QuoteMeta(storage)+` +\d+ +3 +\S+ +0 +0 +for example\.com: down since \S+, asked again in \S+ `).MatchString(out) {
 		t.Errorf("acproxy publishers = %d\n%s", code, out)
 	}
 	for _, want := range []string{`breaker_open{host="https://example.com"} 0`, `breaker_open{host="` + storage + `"} 1`, `requests_in_progress{host="` + storage + `"} 0`} {
