@@ -153,6 +153,10 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	if fl.download == nil {
 		fl.settle()
 		f.forgetFlight(fl)
+		if leave != nil {
+			// Before anybody is told: for what the store had no room for, who waited needs a place of its own next.
+			leave()
+		}
 		close(fl.landed)
 		return
 	}
