@@ -35,13 +35,14 @@ var layers = map[string][]string{
 	"internal/durable": {},
 	"internal/memo":    {},
 	"internal/reread":  {},
+	"internal/listen":  {},
 	"internal/web":     {"."},
 	"internal/aci":     {"."},
 	"internal/audit":   {},
 	"internal/problem": {"."},
 	"internal/history": {"internal/durable"},
 	"internal/localca": {".", "internal/durable"},
-	"internal/config":  {"."},
+	"internal/config":  {".", "internal/listen"},
 
 	"internal/bundle": {".", "internal/durable"},
 
@@ -50,14 +51,14 @@ var layers = map[string][]string{
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
 	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem"},
 	"internal/journal":     {"fetch"},
-	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/problem", "internal/web"},
+	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/listen", "internal/problem", "internal/web"},
 	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
 	"internal/page":        {".", "cache", "fetch", "internal/access", "internal/admin", "internal/history", "internal/journal", "internal/problem", "internal/web"},
 	"internal/metrics":     {"internal/server", "internal/history", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
@@ -89,6 +90,7 @@ var reserved = map[string][]string{
 	"github.com/fsnotify/fsnotify":     {"trust"},
 	"github.com/klauspost/reedsolomon": {"internal/bundle"},
 	"golang.org/x/mod":                 {"internal/bundle"},
+	"github.com/coreos/go-systemd":     {"internal/listen"},
 	// The reference client compares discovery with ours in tests, and plays the node.
 	"github.com/appc/spec/discovery": {},
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -28,6 +29,7 @@ import (
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/listen"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/page"
 	"github.com/acproxy/acproxy/internal/reread"
@@ -102,6 +104,7 @@ type running struct {
 	server   *server.Server
 	admin    *admin.Server
 	fronts   []front
+	sockets  *listen.Sockets
 	bound    []bound
 	pages    []string   // the URLs of the page for operators
 	failed   chan error // what ends the server although nobody told it to stop
@@ -118,6 +121,14 @@ type bound struct {
 	net.Listener
 }
 
+// String returns the URL of the listener, or of a unix socket its address.
+func (b bound) String() string {
+	if b.Addr().Network() == "unix" {
+		return listen.UnixAddress(b.Addr().String())
+	}
+	return b.scheme + "://" + b.Addr().String()
+}
+
 // start opens everything and listens. It returns once all listeners accept connections. load reads the configuration again. access gets a line for each request,
 // unless it is nil.
 func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Logger, access func(server.Access)) (*running, error) {
@@ -127,6 +138,9 @@ func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Lo
 	}
 	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+len(cfg.Admin.Listen)+2)}
 	n.reloader = &reloader{load: load, n: n, cfg: cfg}
+	if n.sockets, err = listen.Inherit(); err != nil {
+		return nil, errors.Join(err, n.stop())
+	}
 	if err := n.open(cfg, log, access); err != nil {
 		return nil, errors.Join(err, n.stop())
 	}
@@ -199,14 +213,20 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 		}
 	}
 	if cfg.Admin.Metrics != "" {
-		return n.listenForMetrics(ctx, cfg.Admin.Metrics)
+		if err := n.listenForMetrics(ctx, cfg.Admin.Metrics); err != nil {
+			return err
+		}
 	}
-	return nil
+	return n.sockets.Unused()
 }
 
 // listenForOperators answers operators at an address.
 func (n *running) listenForOperators(ctx context.Context, l config.AdminListen) error {
 	front := l.Front()
+	listeners, err := n.sockets.Open(ctx, l.Address, fs.FileMode(l.Mode))
+	if err != nil {
+		return fmt.Errorf("listening for operators: %w", err)
+	}
 	hs := &http.Server{
 		Handler: n.admin.Front(authMethods(l.Auth)), ErrorLog: slog.NewLogLogger(n.parts.log.Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: time.Duration(n.parts.cfg.Clients.HeaderTimeout), IdleTimeout: time.Duration(n.parts.cfg.Clients.IdleTimeout),
@@ -215,36 +235,49 @@ func (n *running) listenForOperators(ctx context.Context, l config.AdminListen) 
 	scheme := "http"
 	if front.TLS != config.TLSNone {
 		scheme = "https"
-		var err error
 		if hs.TLSConfig, err = n.tlsConfig(front); err != nil {
-			return fmt.Errorf("listening on %s: %w", l.Address, err)
-		}
-	}
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.Address)
-	if err != nil {
-		return fmt.Errorf("listening for operators: %w", err)
-	}
-	if public(listener.Addr()) {
-		if len(n.parts.cfg.Access.Rules) == 0 {
-			n.parts.log.Warn("this address can be reached from other machines, and whoever reaches it can see what this server does; access.rules say who may", "address", listener.Addr())
-		} else if front.TLS == config.TLSNone {
-			n.parts.log.Warn("passwords and tokens that operators show at this address cross the network in clear; set tls for it", "address", listener.Addr())
+			return errors.Join(fmt.Errorf("listening on %s: %w", l.Address, err), closeAll(listeners))
 		}
 	}
 	n.fronts = append(n.fronts, hs)
-	n.pages = append(n.pages, scheme+"://"+listener.Addr().String())
-	n.parts.log.Info("serving operators", "address", n.pages[len(n.pages)-1])
-	// Ends when stop shuts the server down.
-	go func() {
-		serve := hs.Serve
-		if hs.TLSConfig != nil {
-			serve = func(l net.Listener) error { return hs.ServeTLS(l, "", "") }
+	for _, listener := range listeners {
+		if public(listener.Addr()) {
+			if len(n.parts.cfg.Access.Rules) == 0 {
+				n.parts.log.Warn("this address can be reached from other machines, and whoever reaches it can see what this server does; access.rules say who may", "address", listener.Addr())
+			} else if front.TLS == config.TLSNone {
+				n.parts.log.Warn("passwords and tokens that operators show at this address cross the network in clear; set tls for it", "address", listener.Addr())
+			}
 		}
-		if err := serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			n.failed <- fmt.Errorf("serving operators at %s: %w", l.Address, err)
-		}
-	}()
+		n.pages = append(n.pages, bound{scheme, listener}.String())
+		n.parts.log.Info("serving operators", "address", n.pages[len(n.pages)-1])
+		// Ends when stop shuts the server down.
+		go func() {
+			serve := hs.Serve
+			if hs.TLSConfig != nil {
+				serve = func(l net.Listener) error { return hs.ServeTLS(l, "", "") }
+			}
+			if err := serve(listener); !errors.Is(err, http.ErrServerClosed) {
+				n.fail(fmt.Errorf("serving operators at %s: %w", l.Address, err))
+			}
+		}()
+	}
 	return nil
+}
+
+// fail ends the server for what it can't go on with.
+func (n *running) fail(err error) {
+	select {
+	case n.failed <- err:
+	default: // somebody else has ended it before
+	}
+}
+
+func closeAll(listeners []net.Listener) error {
+	var errs []error
+	for _, l := range listeners {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // rejudgeEvery is how often held images are judged again when the keys don't change: keys and signatures expire.
@@ -364,7 +397,7 @@ func imageHosts(hosts []string, ca *localca.CA) func(string) bool {
 
 // listenForMetrics answers Prometheus, and probes.
 func (n *running) listenForMetrics(ctx context.Context, address string) error {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+	listeners, err := n.sockets.Open(ctx, address, fs.FileMode(config.DefaultMode))
 	if err != nil {
 		return fmt.Errorf("listening for metrics: %w", err)
 	}
@@ -380,13 +413,15 @@ func (n *running) listenForMetrics(ctx context.Context, address string) error {
 	})
 	hs := &http.Server{Handler: mux, ReadHeaderTimeout: time.Duration(n.parts.cfg.Clients.HeaderTimeout), IdleTimeout: time.Duration(n.parts.cfg.Clients.IdleTimeout)}
 	n.fronts = append(n.fronts, hs)
-	n.parts.log.Info("serving metrics", "address", listener.Addr().String())
-	// Ends when stop shuts the server down.
-	go func() {
-		if err := hs.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			n.failed <- fmt.Errorf("serving metrics at %s: %w", address, err)
-		}
-	}()
+	for _, listener := range listeners {
+		n.parts.log.Info("serving metrics", "address", listener.Addr().String())
+		// Ends when stop shuts the server down.
+		go func() {
+			if err := hs.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+				n.fail(fmt.Errorf("serving metrics at %s: %w", address, err))
+			}
+		}()
+	}
 	return nil
 }
 
@@ -396,8 +431,22 @@ type front interface {
 	Close() error
 }
 
-// listen opens one listener and serves it.
+// listen opens the listeners of one address, of which systemd may have several, and serves them.
 func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger) error {
+	listeners, err := n.sockets.Open(ctx, l.Address, fs.FileMode(l.Mode))
+	if err != nil {
+		return fmt.Errorf("listening: %w", err)
+	}
+	for i, listener := range listeners {
+		if err := n.serve(l, listener, log); err != nil {
+			return errors.Join(fmt.Errorf("listening on %s: %w", l.Address, err), closeAll(listeners[i:]))
+		}
+	}
+	return nil
+}
+
+// serve serves a listener as its address is configured.
+func (n *running) serve(l config.Listen, listener net.Listener, log *slog.Logger) error {
 	hs := n.server.HTTP(server.Front{Proxy: l.Proxy, Auth: authMethods(l.Auth)})
 	hs.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	scheme := "http"
@@ -405,13 +454,14 @@ func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger)
 		scheme = "https"
 		tlsConfig, err := n.tlsConfig(l)
 		if err != nil {
-			return fmt.Errorf("listening on %s: %w", l.Address, err)
+			return err
 		}
 		hs.TLSConfig = tlsConfig
 	}
-	listener, err := n.server.Listen(ctx, l.Address)
+	_, early := listen.SystemdName(l.Address)
+	listener, err := n.server.Admit(listener, early)
 	if err != nil {
-		return fmt.Errorf("listening: %w", err)
+		return err
 	}
 	if public(listener.Addr()) {
 		warnOfAddress(n.parts.cfg, l, listener.Addr(), log)
@@ -427,7 +477,7 @@ func (n *running) listen(ctx context.Context, l config.Listen, log *slog.Logger)
 	// Ends when stop shuts the server down.
 	go func() {
 		if err := serve(); !errors.Is(err, http.ErrServerClosed) {
-			n.failed <- fmt.Errorf("serving %s: %w", l.Address, err)
+			n.fail(fmt.Errorf("serving %s: %w", l.Address, err))
 		}
 	}()
 	return nil
@@ -495,7 +545,7 @@ func (n *running) tlsConfig(l config.Listen) (*tls.Config, error) {
 func (n *running) addresses() []string {
 	var out []string
 	for _, b := range n.bound {
-		out = append(out, b.scheme+"://"+b.Addr().String())
+		out = append(out, b.String())
 	}
 	return out
 }
@@ -528,6 +578,9 @@ func (n *running) stop() error {
 	}
 	if n.server != nil {
 		errs = append(errs, n.server.Close())
+	}
+	if n.sockets != nil {
+		errs = append(errs, n.sockets.Close())
 	}
 	errs = append(errs, n.parts.close())
 	return errors.Join(errs...)

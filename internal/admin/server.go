@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"net/netip"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -22,6 +21,7 @@ import (
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/listen"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
@@ -94,21 +94,11 @@ func New(o Options) *Server {
 	return s
 }
 
-// Listen answers on a unix socket at path, replacing a socket that a killed server left.
+// Listen answers on a unix socket at path, which nobody but the server's own user can open. It replaces a socket that a killed server left.
 func (s *Server) Listen(path string) error {
-	if conn, err := net.Dial("unix", path); err == nil {
-		_ = conn.Close()
-		return fmt.Errorf("another server answers on %s", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	listener, err := net.Listen("unix", path)
+	listener, err := listen.Unix(s.ctx, path, 0o600)
 	if err != nil {
 		return err
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return errors.Join(err, listener.Close())
 	}
 	all := http.NewServeMux()
 	// Profiles show addresses, file names and what is in memory: they are for the user that the server runs as, and for no other address.

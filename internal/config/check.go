@@ -18,10 +18,8 @@ import (
 	"strings"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/listen"
 )
-
-// maxSocketPath is what fits into sockaddr_un on Linux with the zero that ends it.
-const maxSocketPath = 107
 
 // check notes whatever is wrong with the values, all that can be told without opening a file. What could not be read has its default here,
 // and is not judged a second time.
@@ -236,6 +234,12 @@ func (c *Config) checkCredentials(r *report) {
 
 // checkListenAddress says what is wrong with an address to listen at, "" if nothing is.
 func checkListenAddress(address string) string {
+	if path, ok := listen.UnixPath(address); ok {
+		return checkUnixPath(path)
+	}
+	if name, ok := listen.SystemdName(address); ok {
+		return checkSystemdName(name)
+	}
 	if strings.Contains(address, "://") {
 		return fmt.Sprintf("%q is a URL: write address and port alone, as in 127.0.0.1:8080, and TLS as the key tls", clip(address))
 	}
@@ -263,8 +267,43 @@ func checkListenAddress(address string) string {
 	return ""
 }
 
+// checkUnixPath says what is wrong with the path of a unix socket, "" if nothing is.
+func checkUnixPath(path string) string {
+	switch {
+	case path == "":
+		return `"unix:" lacks the path of the socket: write it right behind, as in unix:/run/acproxy/nodes.sock`
+	case strings.HasPrefix(path, "//"):
+		return fmt.Sprintf("%q is a URL: write the path right behind unix:, as in unix:/run/acproxy/nodes.sock", clip(listen.UnixAddress(path)))
+	case strings.HasPrefix(path, "@"):
+		return fmt.Sprintf("%q would be an abstract socket, which everybody on the machine can connect to: write the path of a file", clip(path))
+	case strings.HasSuffix(path, "/"):
+		return fmt.Sprintf("%q is a directory: write the path of the socket itself", clip(path))
+	case len(path) > listen.MaxPath:
+		return fmt.Sprintf("%s is %d bytes long, a socket's path may have %d: write a shorter one", clip(path), len(path), listen.MaxPath)
+	}
+	return badPath(path)
+}
+
+// checkSystemdName says what is wrong with the name of a socket of systemd, "" if nothing is (systemd.socket(5), FileDescriptorName=).
+func checkSystemdName(name string) string {
+	switch {
+	case name == "":
+		return `"systemd:" lacks the name of a socket: write what FileDescriptorName= in its unit says, as in systemd:http`
+	case len(name) > 255 || strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c >= 0x7f || c == ':' }):
+		return fmt.Sprintf("%q can't be the name of a socket: write up to 255 letters, digits and signs without spaces and colons, as FileDescriptorName= has it", clip(name))
+	}
+	return ""
+}
+
 // overlap reports whether two addresses can't both be listened at.
 func overlap(a, b string) bool {
+	pathA, unixA := listen.UnixPath(a)
+	pathB, unixB := listen.UnixPath(b)
+	_, systemdA := listen.SystemdName(a)
+	_, systemdB := listen.SystemdName(b)
+	if unixA || unixB || systemdA || systemdB {
+		return a == b || unixA && unixB && filepath.Clean(pathA) == filepath.Clean(pathB)
+	}
 	hostA, portA, _ := net.SplitHostPort(a)
 	hostB, portB, _ := net.SplitHostPort(b)
 	numberA, _ := strconv.ParseUint(portA, 10, 16)
@@ -753,13 +792,8 @@ func (c *Config) paths() []pathValue {
 // checkPaths notes paths that would not be what they look like.
 func (c *Config) checkPaths(r *report) {
 	for _, p := range c.paths() {
-		switch {
-		case *p.path == "~" || strings.HasPrefix(*p.path, "~/"):
-			r.value(p.key, "the ~ is not replaced by a home directory here: write the whole path")
-		case strings.HasPrefix(*p.path, "$"):
-			r.value(p.key, "variables are not replaced here: write the whole path")
-		case strings.ContainsFunc(*p.path, func(c rune) bool { return c < ' ' || c == 0x7f }):
-			r.value(p.key, "%q is not the name of a file: it has a line break or another control character", clip(*p.path))
+		if problem := badPath(*p.path); problem != "" {
+			r.value(p.key, "%s", problem)
 		}
 	}
 	if c.Trust.SystemDir != "" && filepath.Clean(c.Trust.SystemDir) == filepath.Clean(c.Trust.LocalDir) && !r.broken("trust") {
@@ -767,8 +801,33 @@ func (c *Config) checkPaths(r *report) {
 	}
 }
 
+// badPath says why a path would not be what it looks like, "" if it is.
+func badPath(path string) string {
+	switch {
+	case path == "~" || strings.HasPrefix(path, "~/"):
+		return "the ~ is not replaced by a home directory here: write the whole path"
+	case strings.HasPrefix(path, "$"):
+		return "variables are not replaced here: write the whole path"
+	case strings.ContainsFunc(path, func(c rune) bool { return c < ' ' || c == 0x7f }):
+		return fmt.Sprintf("%q is not the name of a file: it has a line break or another control character", clip(path))
+	}
+	return ""
+}
+
 // resolve makes relative paths absolute, from dir.
 func (c *Config) resolve(dir string) {
+	addresses := []*string{&c.Admin.Metrics}
+	for i := range c.Listen {
+		addresses = append(addresses, &c.Listen[i].Address)
+	}
+	for i := range c.Admin.Listen {
+		addresses = append(addresses, &c.Admin.Listen[i].Address)
+	}
+	for _, address := range addresses {
+		if path, ok := listen.UnixPath(*address); ok && !filepath.IsAbs(path) {
+			*address = listen.UnixAddress(filepath.Join(dir, path))
+		}
+	}
 	for _, p := range c.paths() {
 		if *p.path != "" && !filepath.IsAbs(*p.path) {
 			*p.path = filepath.Join(dir, *p.path)
@@ -779,8 +838,14 @@ func (c *Config) resolve(dir string) {
 // checkFiles notes files that are named but can't be used. Nothing of them is kept: whoever uses them reads them again, when they may have
 // been renewed.
 func (c *Config) checkFiles(r *report) {
-	if n := len(c.Admin.Socket); n > maxSocketPath {
-		r.value("admin.socket", "%s is %d bytes long, a socket's path may have %d: write a shorter one", clip(c.Admin.Socket), n, maxSocketPath)
+	if n := len(c.Admin.Socket); n > listen.MaxPath {
+		r.value("admin.socket", "%s is %d bytes long, a socket's path may have %d: write a shorter one", clip(c.Admin.Socket), n, listen.MaxPath)
+	}
+	for _, l := range c.listeners() {
+		// It was relative, or it would have been told before.
+		if path, ok := listen.UnixPath(l.Address); ok && len(path) > listen.MaxPath && !r.broken(l.path) {
+			r.value(l.path+".address", "%s", checkUnixPath(path))
+		}
 	}
 	for _, l := range c.listeners() {
 		if l.TLS != TLSFiles || r.broken(l.path) {

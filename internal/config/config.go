@@ -153,8 +153,12 @@ type Config struct {
 
 // A Listen is an address that nodes are served at.
 type Listen struct {
-	// Address and port. An address left out, as in :8080, is every address of the machine; port 0 is a free one.
+	// Address and port. An address left out, as in :8080, is every address of the machine; port 0 is a free one. unix:PATH is a unix socket, and systemd:NAME a
+	// socket that systemd opens and hands over under that name (FileDescriptorName= of a socket unit).
 	Address string `yaml:"address" required:"127.0.0.1:8080"`
+
+	// Permissions of a unix socket, in octal. Whoever may write to it can connect. Of no other address.
+	Mode Mode `yaml:"mode"`
 
 	// Whether and with which certificates TLS is spoken: none, local-ca (made for each host by the local CA) or files.
 	TLS string `yaml:"tls" oneof:"none local-ca files"`
@@ -225,15 +229,18 @@ type Admin struct {
 	// Path of the unix socket, at most 107 bytes. Empty: admin.sock in data_dir.
 	Socket string `yaml:"socket"`
 
-	// Address at which Prometheus gets the metrics (/metrics), and probes /healthz and /readyz, such as 127.0.0.1:9404. Nothing else is there, and nobody is asked
-	// who he is. Empty: on the socket alone.
+	// Address at which Prometheus gets the metrics (/metrics), and probes /healthz and /readyz, such as 127.0.0.1:9404; unix:PATH and systemd:NAME as in listen.
+	// Nothing else is there, and nobody is asked who he is. Empty: on the socket alone.
 	Metrics string `yaml:"metrics"`
 }
 
 // An AdminListen is an address that has the API and the page for operators.
 type AdminListen struct {
-	// Address and port, as in listen.
+	// Address and port, unix:PATH or systemd:NAME, as in listen.
 	Address string `yaml:"address" required:"127.0.0.1:8081"`
+
+	// Permissions of a unix socket, as in listen. Unlike at socket, who connects has the rights that access gives him.
+	Mode Mode `yaml:"mode"`
 
 	// Whether and with which certificates TLS is spoken, as in listen.
 	TLS string `yaml:"tls" oneof:"none local-ca files"`
@@ -253,7 +260,7 @@ type AdminListen struct {
 
 // Front returns it as an address like any other.
 func (l AdminListen) Front() Listen {
-	return Listen{Address: l.Address, TLS: l.TLS, CertFile: l.CertFile, KeyFile: l.KeyFile, ClientCAFile: l.ClientCAFile, Auth: l.Auth}
+	return Listen{Address: l.Address, Mode: l.Mode, TLS: l.TLS, CertFile: l.CertFile, KeyFile: l.KeyFile, ClientCAFile: l.ClientCAFile, Auth: l.Auth}
 }
 
 // CA is where the local certificate authority is.
@@ -746,13 +753,18 @@ func Default() Config {
 
 // defaultListen is what an address of the list is unless it says otherwise.
 func defaultListen() Listen {
-	return Listen{Address: "127.0.0.1:8080", TLS: TLSNone, Proxy: true}
+	return Listen{Address: "127.0.0.1:8080", Mode: DefaultMode, TLS: TLSNone, Proxy: true}
 }
+
+// DefaultMode has the server's user and group connect to a unix socket.
+const DefaultMode Mode = 0o660
 
 // DefaultAdminAddress is where the page for operators is unless the configuration says otherwise.
 const DefaultAdminAddress = "127.0.0.1:8081"
 
-func defaultAdminListen() AdminListen { return AdminListen{Address: DefaultAdminAddress, TLS: TLSNone} }
+func defaultAdminListen() AdminListen {
+	return AdminListen{Address: DefaultAdminAddress, Mode: DefaultMode, TLS: TLSNone}
+}
 
 // PublisherFor returns the settings for an image name, all of them: those of the longest prefix that covers it, completed by
 // [Config.Inherit]. Its Prefix is "" if none does.

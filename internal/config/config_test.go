@@ -14,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/listen"
 	"github.com/rogpeppe/go-internal/txtar"
 )
 
@@ -79,7 +80,7 @@ publishers:
 	}
 	want := Default()
 	want.DataDir = "/srv/images"
-	want.Listen = []Listen{{Address: "0.0.0.0:8080", TLS: TLSNone, Proxy: true}, {Address: "[::1]:8443", TLS: TLSLocalCA}}
+	want.Listen = []Listen{{Address: "0.0.0.0:8080", Mode: DefaultMode, TLS: TLSNone, Proxy: true}, {Address: "[::1]:8443", Mode: DefaultMode, TLS: TLSLocalCA}}
 	want.Allow = []string{"example.com", "example.org/app"}
 	want.Proxy = Proxy{Hosts: []string{"*.example.com"}, Tunnel: true}
 	want.Dial.Allow = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.7/32"), netip.MustParsePrefix("fd00::/8")}
@@ -248,7 +249,7 @@ func TestLoadLimits(t *testing.T) {
 		const head = "/run/"
 		return "admin: {socket: " + head + strings.Repeat("s", n-len(head)) + "}\n"
 	}
-	for n, good := range map[int]bool{maxSocketPath: true, maxSocketPath + 1: false} {
+	for n, good := range map[int]bool{listen.MaxPath: true, listen.MaxPath + 1: false} {
 		if err := os.WriteFile(path, []byte(socket(n)), 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -182,6 +182,35 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// A Mode is the permissions of a file. As text it is an octal number, "0660".
+type Mode uint32
+
+// ParseMode reads permissions as [Mode.String] prints them. The error says what to write instead.
+func ParseMode(s string) (Mode, error) {
+	digits := strings.TrimPrefix(s, "0o")
+	n, err := strconv.ParseUint(digits, 8, 32)
+	if err != nil || len(digits) < 3 || len(digits) > 4 || n > 0o777 {
+		return 0, fmt.Errorf("%q is not a file's permissions: write three or four octal digits, as in 0660", clip(s))
+	}
+	return Mode(n), nil
+}
+
+// String returns the permissions in four octal digits.
+func (m Mode) String() string { return fmt.Sprintf("%04o", uint32(m)) }
+
+// MarshalText returns the permissions as String does.
+func (m Mode) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText reads the permissions as ParseMode does.
+func (m *Mode) UnmarshalText(text []byte) error {
+	parsed, err := ParseMode(string(text))
+	if err != nil {
+		return err
+	}
+	*m = parsed
+	return nil
+}
+
 // clip cuts a stranger's text to a length fit for an error message.
 func clip(s string) string {
 	const most = 64

@@ -1,7 +1,6 @@
 package server
 
 import (
-	"context"
 	"crypto/tls"
 	"io"
 	"net"
@@ -41,14 +40,38 @@ func (p Patience) withDefaults() Patience {
 	return Patience{Header: or(p.Header, DefaultHeaderTimeout), Idle: or(p.Idle, DefaultIdleTimeout), Stall: or(p.Stall, DefaultStallTimeout)}
 }
 
-// Listen listens for clients at a TCP address. A connection whose client takes nothing for longer than the server's patience is closed.
-func (s *Server) Listen(ctx context.Context, address string) (net.Listener, error) {
-	// Set on the listening socket, the time is that of the connections, which inherit it.
-	l, err := (&net.ListenConfig{Control: cutStalled(s.cfg.Patience.Stall)}).Listen(ctx, "tcp", address)
+// Admit returns a listener whose clients are within the server's limits. A TCP connection whose client takes nothing for longer than the server's patience
+// is closed. early says that there may be connections already.
+func (s *Server) Admit(l net.Listener, early bool) (net.Listener, error) {
+	if tcp, ok := l.(*net.TCPListener); ok {
+		// A socket of Multipath TCP, which somebody else may have opened, doesn't know how; most of its connections do.
+		if err := cutStalled(tcp, s.cfg.Patience.Stall); err != nil && !early {
+			return nil, err
+		}
+		if early {
+			l = &earlyListener{tcp, s.cfg.Patience.Stall}
+		}
+	}
+	return newLimitedListener(l, s.cfg.Limits), nil
+}
+
+// earlyListener is one with connections that are older than what was set on it.
+type earlyListener struct {
+	*net.TCPListener
+	stall time.Duration
+}
+
+// Accept waits for a connection.
+func (l *earlyListener) Accept() (net.Conn, error) {
+	conn, err := l.AcceptTCP()
 	if err != nil {
 		return nil, err
 	}
-	return newLimitedListener(l, s.cfg.Limits), nil
+	if err := cutStalled(conn, l.stall); err != nil {
+		// It is over already, which whoever reads from it finds out.
+		return conn, nil //nolint:nilerr // this is about the connection, not about the listener
+	}
+	return conn, nil
 }
 
 // HTTP returns what serves a listener, within the server's patience.

@@ -151,13 +151,14 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 		}
 		addr := clientAddress(conn.RemoteAddr().String())
 		tcp, ok := conn.(*net.TCPConn)
-		if ok && l.enter(addr) {
+		if !ok {
+			// What comes by a unix socket has no address to be counted by.
+			return &countedConn{Conn: conn, leave: func() { l.leave(netip.Addr{}) }}, nil
+		}
+		if l.enter(addr) {
 			return &limitedConn{TCPConn: tcp, leave: func() { l.leave(addr) }}, nil
 		}
 		l.leave(netip.Addr{})
-		if !ok {
-			return conn, nil
-		}
 		// Whoever has so many already is told by that, and by the others' going on.
 		_ = conn.Close()
 	}
@@ -205,6 +206,20 @@ type limitedConn struct {
 // Close closes the connection, which counts no more.
 func (c *limitedConn) Close() error {
 	err := c.TCPConn.Close()
+	c.once.Do(c.leave)
+	return err
+}
+
+// countedConn is a connection that counts, but for no client.
+type countedConn struct {
+	net.Conn
+	leave func()
+	once  sync.Once
+}
+
+// Close closes the connection, which counts no more.
+func (c *countedConn) Close() error {
+	err := c.Conn.Close()
 	c.once.Do(c.leave)
 	return err
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/acproxy/acproxy/internal/listen"
 	"github.com/acproxy/acproxy/internal/problem"
 )
 
@@ -181,7 +182,11 @@ func TestDoorCountsConnections(t *testing.T) {
 	hs := s.HTTP(Front{})
 	hs.Handler = http.HandlerFunc(briefly)
 	door := s.Door(hs)
-	l, err := s.Listen(t.Context(), "127.0.0.1:0")
+	plain, err := listen.TCP(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := s.Admit(plain, false)
 	if err != nil {
 		t.Fatal(err)
 	}

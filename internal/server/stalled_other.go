@@ -7,5 +7,5 @@ import (
 	"time"
 )
 
-// cutStalled returns nothing: other kernels have no such option.
-func cutStalled(time.Duration) func(network, address string, c syscall.RawConn) error { return nil }
+// cutStalled does nothing: other kernels have no such option.
+func cutStalled(syscall.Conn, time.Duration) error { return nil }

@@ -230,7 +230,13 @@ type process struct {
 // launch starts the binary. Nothing of this process's environment that concerns connections reaches it.
 func launch(t testing.TB, args ...string) *process {
 	t.Helper()
-	p := &process{t: t, cmd: command(args...), serving: make(chan struct{}), exited: make(chan struct{})}
+	return launchCommand(t, command(args...))
+}
+
+// launchCommand starts what ends up as an acproxy.
+func launchCommand(t testing.TB, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{t: t, cmd: cmd, serving: make(chan struct{}), exited: make(chan struct{})}
 	stderr := must(p.cmd.StderrPipe())(t)
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
