@@ -26,17 +26,18 @@ var layers = map[string][]string{
 	".": {},
 
 	// The nouns don't know each other.
-	"discovery": {".", "internal/web"},
+	"discovery": {".", "internal/tracing", "internal/web"},
 	"trust":     {".", "internal/durable"},
 	"cache":     {".", "internal/durable"},
-	"fetch":     {".", "discovery", "trust", "cache", "internal/aci", "internal/memo", "internal/web"},
+	"fetch":     {".", "discovery", "trust", "cache", "internal/aci", "internal/memo", "internal/tracing", "internal/web"},
 
 	// What the nouns stand on.
 	"internal/durable": {},
 	"internal/memo":    {},
 	"internal/reread":  {},
 	"internal/listen":  {},
-	"internal/web":     {"."},
+	"internal/web":     {".", "internal/tracing"},
+	"internal/tracing": {"."},
 	"internal/aci":     {"."},
 	"internal/audit":   {},
 	"internal/problem": {"."},
@@ -49,7 +50,7 @@ var layers = map[string][]string{
 	// What stands on them.
 	"internal/credentials": {".", "internal/reread"},
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
-	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem"},
+	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem", "internal/tracing"},
 	"internal/journal":     {"fetch"},
 	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/listen", "internal/problem", "internal/web"},
 	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
@@ -58,7 +59,7 @@ var layers = map[string][]string{
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/tracing", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
@@ -91,6 +92,7 @@ var reserved = map[string][]string{
 	"github.com/klauspost/reedsolomon": {"internal/bundle"},
 	"golang.org/x/mod":                 {"internal/bundle"},
 	"github.com/coreos/go-systemd":     {"internal/listen"},
+	"go.opentelemetry.io/otel":         {"internal/tracing"},
 	// The reference client compares discovery with ours in tests, and plays the node.
 	"github.com/appc/spec/discovery": {},
 }

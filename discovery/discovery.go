@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/internal/web"
 )
 
@@ -311,7 +312,7 @@ func (f *Finder) page(ctx context.Context, name string, rule int, level string) 
 		if p := f.pages.get(key); p != nil {
 			return p, nil
 		}
-		return f.ask(name, rule, level, key)
+		return f.ask(tracing.Carry(f.ctx, ctx), name, rule, level, key)
 	})
 	select {
 	case result := <-done:
@@ -325,8 +326,8 @@ func (f *Finder) page(ctx context.Context, name string, rule int, level string) 
 	}
 }
 
-// ask gets a page from its publisher and remembers it. Close ends it and waits for it.
-func (f *Finder) ask(name string, rule int, level, key string) (*page, error) {
+// ask gets a page from its publisher and remembers it. life is the Finder's, with the trace of who asked first. Close ends it and waits for it.
+func (f *Finder) ask(life context.Context, name string, rule int, level, key string) (*page, error) {
 	f.mu.Lock()
 	generation := f.generation
 	if f.closed {
@@ -336,7 +337,7 @@ func (f *Finder) ask(name string, rule int, level, key string) (*page, error) {
 	f.wg.Add(1)
 	f.mu.Unlock()
 	defer f.wg.Done()
-	ctx, cancel := context.WithTimeout(f.ctx, pageTimeout)
+	ctx, cancel := context.WithTimeout(life, pageTimeout)
 	defer cancel()
 
 	p, err := f.fetch(ctx, name, f.rules[rule], level)

@@ -13,6 +13,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -96,7 +97,7 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
 		refs: map[acproxy.Ref]struct{}{ref: {}},
 	}
-	d.ctx, d.cancel = context.WithCancel(f.ctx)
+	d.ctx, d.cancel = context.WithCancel(tracing.Carry(f.ctx, fl.ctx))
 	d.urgent = make(chan struct{})
 	d.hurry = sync.OnceFunc(func() { close(d.urgent) })
 	if signature == nil || policy.Delivery == VerifyFirst {
@@ -246,7 +247,7 @@ func (d *download) tell(rec cache.Record, took time.Duration) {
 	if !rec.Signed {
 		said.Outcome = trust.Unsigned.String()
 	}
-	log := d.f.log.With("ref", said.Ref, "digest", rec.Digest, "bytes", rec.Size, "signers", said.Signers, "source", d.source, "took", took)
+	log := withTrace(d.f.log, d.ctx).With("ref", said.Ref, "digest", rec.Digest, "bytes", rec.Size, "signers", said.Signers, "source", d.source, "took", took)
 	if rec.RktWarning != "" {
 		log.Warn("image kept, but rkt nodes will refuse it", "why", rec.RktWarning)
 	} else {
@@ -276,7 +277,7 @@ func (d *download) fail(err error) {
 		d.f.log.Error("ending a partial file", "err", ended)
 	}
 	for _, ref := range d.waiting() {
-		d.f.log.Warn("image not kept", "ref", ref, "source", d.source, "err", err)
+		withTrace(d.f.log, d.ctx).Warn("image not kept", "ref", ref, "source", d.source, "err", err)
 		if d.f.ctx.Err() != nil {
 			continue
 		}
@@ -342,55 +343,80 @@ func (d *download) verdict(body io.ReadCloser, inspection *inspection) (cache.Re
 	if err != nil {
 		return cache.Record{}, err
 	}
+	_, span := tracing.Start(d.ctx, "image")
 	digest, err := d.receive(body, hasher)
+	span.Count("acproxy.bytes", d.received())
+	span.End(err)
 	if err != nil {
 		return cache.Record{}, err
 	}
+	rec, manifest, err := d.verified(digest, hasher, inspection)
+	if err != nil {
+		return cache.Record{}, err
+	}
+	_, span = tracing.Start(d.ctx, "commit")
+	rec, err = d.commit(rec, manifest)
+	span.End(err)
+	return rec, err
+}
+
+// received returns how many bytes have come.
+func (d *download) received() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.written
+}
+
+// verified returns the record of an image that has arrived, or what is wrong with it.
+func (d *download) verified(digest acproxy.Digest, hasher *trust.Hasher, inspection *inspection) (rec cache.Record, manifest aci.Manifest, err error) {
+	_, span := tracing.Start(d.ctx, "verify")
+	defer func() { span.End(err) }()
+	wrong := func(err error) (cache.Record, aci.Manifest, error) { return cache.Record{}, aci.Manifest{}, err }
 	d.update(func() { d.complete = true })
 	if err := d.asSaid(digest); err != nil {
-		return cache.Record{}, err
+		return wrong(err)
 	}
 	if d.isLater() {
 		if hasher, err = d.lateSignature(); err != nil {
-			return cache.Record{}, err
+			return wrong(err)
 		}
 	}
 	var hashed trust.Hashed
 	if hasher != nil {
 		if hashed, err = hasher.Hashed(); err != nil {
-			return cache.Record{}, err
+			return wrong(err)
 		}
 	}
 	acceptance, err := d.f.judge(d.f.cfg.Keyring(), d.name, d.signature, hashed, d.policy)
 	if err != nil {
-		return cache.Record{}, err
+		return wrong(err)
 	}
-	manifest, err := inspection.awaitManifest(d.ctx)
+	manifest, err = inspection.awaitManifest(d.ctx)
 	if err != nil {
-		return cache.Record{}, err
+		return wrong(err)
 	}
-	rec := d.record(digest, manifest, acceptance, hashed)
+	rec = d.record(digest, manifest, acceptance, hashed)
 	if d.signature == nil || d.policy.Delivery == VerifyFirst {
 		if err := inspection.await(d.ctx); err != nil {
-			return cache.Record{}, err
+			return wrong(err)
 		}
 	}
 	if err := d.checkChange(rec, inspection); err != nil {
-		return cache.Record{}, err
+		return wrong(err)
 	}
 	if inspection.over() {
 		if inspection.err != nil {
-			return cache.Record{}, inspection.err
+			return wrong(inspection.err)
 		}
 		if err := d.identifiedAsSaid(inspection.result); err != nil {
-			return cache.Record{}, err
+			return wrong(err)
 		}
 		describe(&rec, inspection.result)
 	}
 	if err := d.checkHeld(rec); err != nil {
-		return cache.Record{}, err
+		return wrong(err)
 	}
-	return d.commit(rec, manifest)
+	return rec, manifest, nil
 }
 
 // checkHeld refuses bytes that are held already and quarantined: they came again by another way, and are not going to be served by that.

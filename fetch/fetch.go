@@ -436,7 +436,7 @@ func (f *Fetcher) ask(ctx context.Context, req Request) (answer, error) {
 	if err, ok := recall[error](f.negative, negativeKey(f.cfg.Keyring().ID(), req.Ref), f.now()); ok {
 		return answer{}, err
 	}
-	fl, joined := f.join(req, acproxy.Digest{})
+	fl, joined := f.join(ctx, req, acproxy.Digest{})
 	if err := fl.wait(ctx); err != nil {
 		return answer{}, err
 	}
@@ -531,7 +531,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 	if f.pausing(ref) {
 		return asHeld, nil, nil
 	}
-	fl, joined := f.join(req, resolved.Digest)
+	fl, joined := f.join(ctx, req, resolved.Digest)
 	if age < ttl+policy.MaxStale {
 		return asHeld, nil, nil
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"slices"
 	"sync"
@@ -15,6 +16,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -27,7 +29,9 @@ type flight struct {
 	have   acproxy.Digest // what is held for the ref and being refreshed; zero if nothing is
 	client string         // who asked first
 	began  time.Time
-	asking atomic.Bool // its turn has come
+	asking atomic.Bool     // its turn has come
+	ctx    context.Context // with the trace of who asked first
+	span   *tracing.Span
 	// keyring is the ID of the keys at the beginning. What was decided by them must not be remembered for others.
 	keyring string
 	// endpoints are the URLs that the publisher's templates give for the image, in its order.
@@ -111,20 +115,23 @@ func (fl *flight) pending() <-chan struct{} {
 }
 
 // join returns the flight for a ref, started now if there was none.
-func (f *Fetcher) join(req Request, have acproxy.Digest) (fl *flight, joined bool) {
+func (f *Fetcher) join(ctx context.Context, req Request, have acproxy.Digest) (fl *flight, joined bool) {
 	ref, keyring := req.Ref, f.cfg.Keyring().ID()
 	f.mu.Lock()
 	if fl, ok := f.flights[ref]; ok && !fl.over() {
 		f.mu.Unlock()
+		tracing.Meet(ctx, fl.ctx)
 		return fl, true
 	}
 	fl = &flight{ref: ref, have: have, client: req.Client, began: f.now(), keyring: keyring, landed: make(chan struct{})}
+	fl.ctx, fl.span = tracing.Start(tracing.Carry(f.ctx, ctx), "flight", "acproxy.name", ref.Name(), "server.address", ref.Host())
 	f.flights[ref] = fl
 	f.mu.Unlock()
 	// Ends when the flight does; Close cancels it and waits for it.
-	if !f.start(func(ctx context.Context) { f.fly(ctx, fl) }) {
+	if !f.start(func(context.Context) { f.fly(fl.ctx, fl) }) {
 		f.forgetFlight(fl)
 		fl.err = errClosed
+		fl.span.End(errClosed)
 		close(fl.landed)
 	}
 	return fl, false
@@ -135,7 +142,9 @@ var errClosed = &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Det
 // fly runs a flight to its end.
 func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	var trace acproxy.Trace
+	_, queued := tracing.Start(ctx, "queue")
 	leave, err := f.queue.enter(ctx, fl.client, fl.ref.Host())
+	queued.End(err)
 	if err == nil {
 		// Whose bytes come with another flight needs no place of its own.
 		leave = sync.OnceFunc(leave)
@@ -152,6 +161,7 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	}
 	if fl.download == nil {
 		fl.settle()
+		fl.span.End(fl.err)
 		f.forgetFlight(fl)
 		if leave != nil {
 			// Before anybody is told: for what the store had no room for, who waited needs a place of its own next.
@@ -167,6 +177,12 @@ func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	<-fl.download.decided
 	fl.settle()
 	f.catchUp(ctx, fl)
+	_, failed := fl.download.outcome()
+	if failed == nil {
+		// Now its labels are known to be those of an image, and nothing else that somebody wrote into a URL.
+		fl.span.Note("acproxy.ref", fl.ref.String())
+	}
+	fl.span.End(failed)
 	f.forgetFlight(fl)
 }
 
@@ -183,6 +199,14 @@ func (f *Fetcher) catchUp(ctx context.Context, fl *flight) {
 	if err := f.alsoAnswers(ctx, fl.ref, rec.Digest, fl.download.source); err != nil && ctx.Err() == nil {
 		f.landedBadly(ctx, fl, err)
 	}
+}
+
+// withTrace returns a log whose lines say which trace they belong to.
+func withTrace(log *slog.Logger, ctx context.Context) *slog.Logger {
+	if id := tracing.ID(ctx); id != "" {
+		return log.With("trace_id", id)
+	}
+	return log
 }
 
 func (f *Fetcher) forgetFlight(fl *flight) {
@@ -203,7 +227,7 @@ func (f *Fetcher) landedBadly(ctx context.Context, fl *flight, err error) {
 		if errors.Is(err, acproxy.ErrNotFound) {
 			f.markGone(fl.ref)
 		}
-		f.log.Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", err)
+		withTrace(f.log, ctx).Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", err)
 	case errors.Is(err, acproxy.ErrNotFound) && cacheableAbsence(err):
 		f.rememberFailure(fl.keyring, fl.ref, err)
 	}
@@ -240,7 +264,9 @@ func (f *Fetcher) locate(ctx context.Context, fl *flight, trace *acproxy.Trace) 
 			return nil, nil
 		}
 	}
-	found, kept, err := f.templates(ctx, fl.ref.Name(), trace)
+	discovering, span := tracing.Start(ctx, "discovery")
+	found, kept, err := f.templates(discovering, fl.ref.Name(), trace)
+	span.End(err)
 	fl.kept = kept
 	if err != nil {
 		return nil, err
@@ -295,7 +321,9 @@ func (f *Fetcher) locateAt(ctx context.Context, fl *flight, template discovery.T
 
 func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signatureURL string, trace *acproxy.Trace) (*download, error) {
 	name, policy := fl.ref.Name(), f.policy(fl.ref.Name())
-	signature, later, err := f.getSignature(ctx, name, signatureURL, policy, trace)
+	getting, span := tracing.Start(ctx, "signature")
+	signature, later, err := f.getSignature(getting, name, signatureURL, policy, trace)
+	span.End(err)
 	if acproxy.Code(err) == codeNoSignature {
 		return nil, f.unsigned(ctx, name, imageURL, policy, trace, err)
 	}
@@ -317,6 +345,8 @@ func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signature
 		}
 		if mine {
 			f.begin(fl, d, trace)
+		} else {
+			tracing.Meet(ctx, d.ctx)
 		}
 		switch err := d.wait(ctx); {
 		case err == nil:

@@ -545,7 +545,7 @@ func (f *Fetcher) ResumeDownloads(ctx context.Context) error {
 		case f.allowed(ref.Name()) != nil, f.policy(ref.Name()).Offline:
 			continue
 		}
-		f.join(Request{Ref: ref}, held.Digest)
+		f.join(ctx, Request{Ref: ref}, held.Digest)
 	}
 	return nil
 }

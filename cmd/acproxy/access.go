@@ -33,6 +33,9 @@ func textLine(b []byte, a server.Access, now time.Time) []byte {
 	b = now.AppendFormat(append(b, "time="...), "2006-01-02T15:04:05.000Z07:00")
 	b = append(b, " level=INFO msg=request"...)
 	b = textField(b, " id=", a.ID)
+	if a.Trace != "" {
+		b = textField(b, " trace_id=", a.Trace)
+	}
 	b = textField(b, " client=", a.Client)
 	if a.User != "" {
 		b = textField(b, " user=", a.User)
@@ -79,6 +82,9 @@ func jsonLine(b []byte, a server.Access, now time.Time) []byte {
 	b = now.AppendFormat(append(b, `{"time":"`...), time.RFC3339Nano)
 	b = append(b, `","level":"INFO","msg":"request"`...)
 	b = jsonField(b, `,"id":`, a.ID)
+	if a.Trace != "" {
+		b = jsonField(b, `,"trace_id":`, a.Trace)
+	}
 	b = jsonField(b, `,"client":`, a.Client)
 	if a.User != "" {
 		b = jsonField(b, `,"user":`, a.User)

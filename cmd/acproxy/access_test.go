@@ -18,7 +18,11 @@ import (
 func slogged(t *testing.T, a server.Access, now time.Time, handler slog.Handler) {
 	t.Helper()
 	r := slog.NewRecord(now, slog.LevelInfo, "request", 0)
-	r.Add("id", a.ID, "client", a.Client, "method", a.Method, "host", a.Host, "path", a.Path, "proto", a.Proto, "status", a.Status, "bytes", a.Bytes, "took", a.Took, "cache", a.Cache)
+	r.Add("id", a.ID)
+	if a.Trace != "" {
+		r.Add("trace_id", a.Trace)
+	}
+	r.Add("client", a.Client, "method", a.Method, "host", a.Host, "path", a.Path, "proto", a.Proto, "status", a.Status, "bytes", a.Bytes, "took", a.Took, "cache", a.Cache)
 	if a.Ref != "" {
 		r.Add("ref", a.Ref)
 	}
@@ -39,6 +43,7 @@ func TestLinesOfRequests(t *testing.T) {
 	}
 	hostile := plain
 	hostile.Host, hostile.Path, hostile.Ref, hostile.Cache = "a b\n\"c\"", "/\\x<&>ü\x00\xff", "", ""
+	hostile.Trace = "4bf92f3577b34da6a3ce929d0e0e4736"
 	hostile.Err = errors.New("it said \"no\"\r\nstatus=200")
 	for _, a := range []server.Access{plain, hostile, {}} {
 		var want bytes.Buffer

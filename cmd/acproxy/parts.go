@@ -39,7 +39,7 @@ import (
 func newWeb(cfg *config.Config, via string, shown *credentials.Set) (*web.Client, error) {
 	d := cfg.Dial
 	out := web.Config{
-		Hosts: d.Hosts, Allow: d.Allow, UserAgent: d.UserAgent, Via: via, Offline: cfg.Offline,
+		Hosts: d.Hosts, Allow: d.Allow, UserAgent: d.UserAgent, Via: via, Offline: cfg.Offline, Traces: cfg.Traces.Publishers,
 		ConnectTimeout: time.Duration(d.ConnectTimeout), Timeout: time.Duration(d.Timeout), StallTimeout: time.Duration(d.StallTimeout),
 		MaxRedirects: orNone[int](d.MaxRedirects), Authorize: shown.Authorize,
 		Limits: web.Limits{

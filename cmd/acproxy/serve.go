@@ -34,6 +34,7 @@ import (
 	"github.com/acproxy/acproxy/internal/page"
 	"github.com/acproxy/acproxy/internal/reread"
 	"github.com/acproxy/acproxy/internal/server"
+	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -105,6 +106,7 @@ type running struct {
 	admin    *admin.Server
 	fronts   []front
 	sockets  *listen.Sockets
+	traces   *tracing.Exporter // nil if none are exported
 	bound    []bound
 	pages    []string   // the URLs of the page for operators
 	failed   chan error // what ends the server although nobody told it to stop
@@ -148,8 +150,16 @@ func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Lo
 }
 
 func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.Access)) error {
-	n.server = server.New(n.serverConfig(cfg, log, access))
 	ctx, cancel := context.WithCancel(context.Background())
+	if cfg.Traces.Endpoint != "" {
+		var err error
+		n.traces, err = tracing.NewExporter(ctx, tracing.Options{Endpoint: cfg.Traces.Endpoint, Percent: cfg.Traces.Sample, Version: buildVersion(), Log: log})
+		if err != nil {
+			cancel()
+			return err
+		}
+	}
+	n.server = server.New(n.serverConfig(cfg, log, access))
 	n.stopWork = cancel
 	warnOfKeys(n.parts.keys.Current(), log)
 	changed := make(chan struct{}, 1)
@@ -349,7 +359,7 @@ func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
 func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func(server.Access)) server.Config {
 	out := server.Config{
 		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, Guard: n.parts.guard, Ready: n.parts.ready, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
-		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: n.answered(access), Log: log,
+		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: n.answered(access), Traces: n.traces, Log: log,
 		Patience: server.Patience{
 			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),
 		},
@@ -583,7 +593,17 @@ func (n *running) stop() error {
 		errs = append(errs, n.sockets.Close())
 	}
 	errs = append(errs, n.parts.close())
+	n.lastTraces()
 	return errors.Join(errs...)
+}
+
+// lastTraces sends the spans that wait to be sent, or says that it could not.
+func (n *running) lastTraces() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := n.traces.Close(ctx); err != nil {
+		n.parts.log.Warn("the last traces could not be exported", "err", err)
+	}
 }
 
 // ignoreDeadline drops the error that says that a request took longer than the grace: its client is cut off, as announced.

@@ -45,6 +45,12 @@ func (c *Config) check(r *report) {
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)
 	notNegative(r, "log.access_flush", c.Log.AccessFlush)
+	if c.Traces.Endpoint != "" && !r.broken("traces.endpoint") {
+		if problem := checkCollector(c.Traces.Endpoint); problem != "" {
+			r.value("traces.endpoint", "%s", problem)
+		}
+	}
+	percent(r, "traces.sample", c.Traces.Sample)
 	for i, prefix := range c.Allow {
 		checkPrefix(r, index("allow", i), prefix)
 	}
@@ -344,6 +350,21 @@ func (c *Config) checkFrontDoors(r *report) {
 	if len(c.Proxy.Hosts) > 0 {
 		r.key("proxy.hosts", noDoor)
 	}
+}
+
+// checkCollector says what is wrong with the URL of a collector, "" if nothing is.
+func checkCollector(text string) string {
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		if checkHostPort(text) == "" {
+			return fmt.Sprintf("%q has no scheme: write http://%s", text, text)
+		}
+		return "this is not the URL of a collector: write it as in http://127.0.0.1:4318"
+	}
+	if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return "a collector's URL has neither user nor query: secrets go into OTEL_EXPORTER_OTLP_HEADERS in the environment"
+	}
+	return checkHostPort(u.Host)
 }
 
 func checkPublicURL(text string) string {

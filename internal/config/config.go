@@ -139,6 +139,9 @@ type Config struct {
 	// What acproxy tells about its work, on standard error.
 	Log Log `yaml:"log"`
 
+	// Where traces go, for OpenTelemetry. Which trace a request belongs to stands in the log's lines with or without them, if it says so (traceparent).
+	Traces Traces `yaml:"traces"`
+
 	// How long requests and downloads in progress may take to end when the server is told to stop. What has arrived of an image by then is kept, and
 	// gone on with at the next start. A second signal does not wait.
 	StopGrace Duration `yaml:"stop_grace"`
@@ -585,6 +588,19 @@ type Log struct {
 	AccessFlush Duration `yaml:"access_flush"`
 }
 
+// Traces is where traces go.
+type Traces struct {
+	// URL of a collector that takes OTLP over HTTP, such as http://127.0.0.1:4318. Headers with secrets, certificates and the like are said to it as the variables
+	// of the environment have it, OTEL_EXPORTER_OTLP_HEADERS and so on. Empty: no traces are exported, whatever the environment says.
+	Endpoint string `yaml:"endpoint"`
+
+	// How many per cent of the requests are exported. Of one that belongs to a trace already, who began it has decided.
+	Sample int `yaml:"sample"`
+
+	// Tell publishers which trace a request to them belongs to. It tells them which of their requests come from one node.
+	Publishers bool `yaml:"publishers"`
+}
+
 // Audit is the file of decisions.
 type Audit struct {
 	// File that a line of JSON is appended to for each decision. Empty: audit.log in data_dir.
@@ -743,6 +759,7 @@ func Default() Config {
 
 			AccessFlush: seconds(1),
 		},
+		Traces:    Traces{Sample: 100},
 		StopGrace: seconds(10),
 		Audit: Audit{
 			MaxSize:  100 * MiB,

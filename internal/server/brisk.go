@@ -43,6 +43,7 @@ const (
 var briskFields = map[string]bool{
 	"Host": true, "User-Agent": true, "Accept": true, "Accept-Encoding": true, "Accept-Language": true, "Cache-Control": true, "Pragma": true,
 	"If-None-Match": true, "If-Modified-Since": true, "Connection": true, "X-Request-Id": true,
+	"Traceparent": true,
 }
 
 // briskKey is what a simple request asks for.

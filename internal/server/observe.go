@@ -11,6 +11,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/problem"
+	"github.com/acproxy/acproxy/internal/tracing"
 )
 
 // note records how a request failed for its access line.
@@ -62,6 +63,15 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 		}
 		rec.Header()["X-Request-Id"] = []string{rec.id}
 		brisk, _ := w.(*briskWriter)
+		if s.cfg.Traces != nil || r.Header[tracing.Header] != nil {
+			var span *tracing.Span
+			r, span = s.traced(r, rec)
+			defer func() {
+				if brisk == nil || !brisk.given {
+					end(span, r, rec)
+				}
+			}()
+		}
 		if s.cfg.Access != nil {
 			started := s.now()
 			rec.now = s.now
@@ -93,6 +103,40 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 	})
 }
 
+// traced returns a request that belongs to the trace that it names, or to a new one if traces are exported.
+func (s *Server) traced(r *http.Request, rec *recorder) (*http.Request, *tracing.Span) {
+	ctx, span := s.cfg.Traces.Request(tracing.Incoming(r.Context(), r.Header), r.Method)
+	rec.trace = tracing.ID(ctx)
+	return r.WithContext(ctx), span
+}
+
+// end ends the span of a request. Neither its URL nor what the client has shown is in it.
+func end(span *tracing.Span, r *http.Request, rec *recorder) {
+	if span == nil {
+		return
+	}
+	span.Answered(r.Method+" "+rec.kind, rec.status)
+	span.Note("acproxy.kind", rec.kind, "client.address", client(r), "acproxy.request_id", rec.id)
+	if cache := rec.Header().Get("Cache-Status"); cache != "" {
+		span.Note("acproxy.cache", cache)
+	}
+	if rec.ref != "" && rec.status < http.StatusBadRequest {
+		span.Note("acproxy.ref", rec.ref)
+	} else if rec.ref != "" {
+		// A label may be anything that stood in the URL, a token too. Those of an image that was found are its own.
+		name := strings.FieldsFunc(rec.ref, func(c rune) bool { return c == ':' || c == ',' })
+		span.Note("acproxy.name", name[0])
+	}
+	span.Count("http.response.body.size", rec.bytes)
+	if rec.status >= http.StatusInternalServerError {
+		span.Fail(rec.err)
+	} else if code := acproxy.Code(rec.err); code != "" {
+		// A server's span has not failed when the client asked for what it can't have.
+		span.Note("error.type", code)
+	}
+	span.End(nil)
+}
+
 func requestID(r *http.Request) string {
 	id := r.Header.Get("X-Request-Id")
 	if len(id) == 0 || len(id) > 64 || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) {
@@ -104,6 +148,7 @@ func requestID(r *http.Request) string {
 // Access is what there is to say of a request that was answered.
 type Access struct {
 	ID, Client, Method, Host, Path, Proto string
+	Trace                                 string // the ID of the trace that it belongs to, "" if it belongs to none
 	User                                  string // who has shown who he is, "" if nobody was asked
 	Status                                int
 	Bytes                                 int64         // of the content
@@ -124,7 +169,7 @@ func (s *Server) access(r *http.Request, rec *recorder, started time.Time) {
 	cache := rec.Header().Get("Cache-Status")
 	s.cfg.Access(Access{
 		Kind: rec.kind, FirstByte: first, Verdict: verdicts[cache],
-		ID: rec.id, Client: client(r), Method: r.Method, Host: r.Host, Path: requestURI(r), Proto: r.Proto, User: rec.who.Name, Status: rec.status, Bytes: rec.bytes, Took: took,
+		ID: rec.id, Trace: rec.trace, Client: client(r), Method: r.Method, Host: r.Host, Path: requestURI(r), Proto: r.Proto, User: rec.who.Name, Status: rec.status, Bytes: rec.bytes, Took: took,
 		Cache: cache, Ref: rec.ref, Err: rec.err,
 	})
 }
@@ -143,10 +188,11 @@ type recorder struct {
 	status int
 	bytes  int64
 
-	id   string
-	kind string
-	ref  string
-	err  error
+	id    string
+	trace string
+	kind  string
+	ref   string
+	err   error
 
 	now    func() time.Time // nil if nobody wants to know when
 	headed time.Time        // when the answer began

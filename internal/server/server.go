@@ -20,6 +20,7 @@ import (
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/memo"
 	"github.com/acproxy/acproxy/internal/problem"
+	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -52,9 +53,10 @@ type Config struct {
 	Tunnel      bool                                                        // let other hosts through untouched
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
 
-	Ready    func() error     // returns why not all of the work can be done; nil means that it always can
-	Patience Patience         // with clients
-	Limits   Limits           // of clients
+	Ready    func() error // returns why not all of the work can be done; nil means that it always can
+	Patience Patience     // with clients
+	Limits   Limits       // of clients
+	Traces   *tracing.Exporter
 	Access   func(Access)     // is told of each request when it was answered; nil means nobody is told
 	Log      *slog.Logger     // nil means slog.Default
 	Now      func() time.Time // nil means time.Now

@@ -21,6 +21,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/tracing"
 )
 
 // Defaults of a [Config].
@@ -61,6 +62,9 @@ type Config struct {
 	Resolver *net.Resolver
 	// Allow lists addresses that may be dialled for any name, besides public ones.
 	Allow []netip.Prefix
+
+	// Traces tells publishers which trace a request belongs to.
+	Traces bool
 
 	UserAgent string // "" means DefaultUserAgent
 	Via       string // a token unique to this server, sent in the Via header so that the server knows its own requests; "" sends none
@@ -285,6 +289,11 @@ func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status in
 func (c *Client) do(ctx context.Context, method, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	a := &asking{route: c.route(name), name: name, method: method, what: what, header: c.header(header), ctx: ctx, cancel: cancel}
+	if c.cfg.Traces {
+		if traceparent := tracing.Outgoing(ctx); traceparent != "" {
+			a.header.Set(tracing.Header, traceparent)
+		}
+	}
 	resp, err := a.ask(rawURL)
 	if err != nil {
 		cancel(nil)
