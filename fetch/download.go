@@ -247,7 +247,7 @@ func (d *download) tell(rec cache.Record, took time.Duration) {
 	if !rec.Signed {
 		said.Outcome = trust.Unsigned.String()
 	}
-	log := withTrace(d.f.log, d.ctx).With("ref", said.Ref, "digest", rec.Digest, "bytes", rec.Size, "signers", said.Signers, "source", d.source, "took", took)
+	log := withTrace(d.ctx, d.f.log).With("ref", said.Ref, "digest", rec.Digest, "bytes", rec.Size, "signers", said.Signers, "source", d.source, "took", took)
 	if rec.RktWarning != "" {
 		log.Warn("image kept, but rkt nodes will refuse it", "why", rec.RktWarning)
 	} else {
@@ -277,7 +277,7 @@ func (d *download) fail(err error) {
 		d.f.log.Error("ending a partial file", "err", ended)
 	}
 	for _, ref := range d.waiting() {
-		withTrace(d.f.log, d.ctx).Warn("image not kept", "ref", ref, "source", d.source, "err", err)
+		withTrace(d.ctx, d.f.log).Warn("image not kept", "ref", ref, "source", d.source, "err", err)
 		if d.f.ctx.Err() != nil {
 			continue
 		}

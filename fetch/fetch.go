@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	gocache "github.com/patrickmn/go-cache"
@@ -40,7 +41,7 @@ type Config struct {
 	Web       *web.Client
 	Keyring   func() *trust.Keyring // the keys as they are now
 
-	Policies []Policy // the one with the longest prefix counts; an empty prefix is the default
+	Policies []Policy // until SetPolicies; the one with the longest prefix counts; an empty prefix is the default
 	Allow    []string // image-name prefixes that may be asked for; none means all
 	Offline  bool     // dial nobody, whatever the policies say
 
@@ -96,6 +97,8 @@ type Fetcher struct {
 	barred sync.Map
 	queue  *queue
 
+	policies atomic.Pointer[[]Policy]
+
 	mu        sync.Mutex
 	closed    bool
 	flights   map[acproxy.Ref]*flight
@@ -138,6 +141,7 @@ func New(cfg Config) *Fetcher {
 	if f.now == nil {
 		f.now = time.Now
 	}
+	f.SetPolicies(cfg.Policies)
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	return f
 }

@@ -202,7 +202,7 @@ func (f *Fetcher) catchUp(ctx context.Context, fl *flight) {
 }
 
 // withTrace returns a log whose lines say which trace they belong to.
-func withTrace(log *slog.Logger, ctx context.Context) *slog.Logger {
+func withTrace(ctx context.Context, log *slog.Logger) *slog.Logger {
 	if id := tracing.ID(ctx); id != "" {
 		return log.With("trace_id", id)
 	}
@@ -227,7 +227,7 @@ func (f *Fetcher) landedBadly(ctx context.Context, fl *flight, err error) {
 		if errors.Is(err, acproxy.ErrNotFound) {
 			f.markGone(fl.ref)
 		}
-		withTrace(f.log, ctx).Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", err)
+		withTrace(ctx, f.log).Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", err)
 	case errors.Is(err, acproxy.ErrNotFound) && cacheableAbsence(err):
 		f.rememberFailure(fl.keyring, fl.ref, err)
 	}

@@ -44,7 +44,7 @@ type Policy struct {
 // policy returns the policy with the longest prefix that covers the name.
 func (f *Fetcher) policy(name string) Policy {
 	best := Policy{}
-	for _, p := range f.cfg.Policies {
+	for _, p := range *f.policies.Load() {
 		if acproxy.HasPrefix(name, p.Prefix) && len(p.Prefix) >= len(best.Prefix) {
 			best = p
 		}
@@ -52,6 +52,10 @@ func (f *Fetcher) policy(name string) Policy {
 	best.Offline = best.Offline || f.cfg.Offline
 	return best
 }
+
+// SetPolicies puts others in the place of [Config.Policies], from the next request and the next flight on. What they say of trust must be what the policies
+// before said of it: verdicts by which held images are served are remembered.
+func (f *Fetcher) SetPolicies(policies []Policy) { f.policies.Store(&policies) }
 
 // allowed refuses names that no configured prefix covers.
 func (f *Fetcher) allowed(name string) error {

@@ -13,16 +13,16 @@ import (
 )
 
 // newAccess returns what writes the lines of requests, in the form of the log's other lines. Package slog would take half as long for one as answering it
-// takes, because it can write anything. It returns nil if the log's level leaves out such lines.
+// takes, because it can write anything. It writes none while the log's level leaves out such lines.
 func newAccess(cfg config.Log, log *slog.Logger, w io.Writer) func(server.Access) {
-	if !log.Enabled(context.Background(), slog.LevelInfo) {
-		return nil
-	}
 	line := textLine
 	if cfg.Format == config.LogJSON {
 		line = jsonLine
 	}
 	return func(a server.Access) {
+		if !log.Enabled(context.Background(), slog.LevelInfo) {
+			return
+		}
 		// Whoever can't write a log has nobody to tell.
 		_, _ = w.Write(line(make([]byte, 0, 512), a, time.Now()))
 	}

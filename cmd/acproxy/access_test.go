@@ -64,12 +64,21 @@ func TestLinesOfRequests(t *testing.T) {
 func TestNoLinesOfRequestsBelowTheLevel(t *testing.T) {
 	for level, want := range map[string]bool{"debug": true, "info": true, "warn": false, "error": false} {
 		var out bytes.Buffer
-		log, err := newLogger(config.Log{Level: level}, &out)
+		log, err := newLogs(config.Log{Level: level, Access: true}, &out)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if access := newAccess(config.Log{Level: level}, log, &out); (access != nil) != want {
-			t.Errorf("at level %s there are lines of requests: %v", level, access != nil)
+		log.access(server.Access{ID: "ABC"})
+		if got := out.Len() > 0; got != want {
+			t.Errorf("at level %s there are lines of requests: %v", level, got)
+		}
+		if log.level.Set(slog.LevelInfo); !want {
+			if log.access(server.Access{ID: "ABC"}); out.Len() == 0 {
+				t.Errorf("after a change from %s there are none", level)
+			}
+		}
+		if err := log.Close(); err != nil {
+			t.Error(err)
 		}
 	}
 }

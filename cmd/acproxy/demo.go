@@ -135,7 +135,7 @@ func (d *demo) setUp() error {
 	if err != nil {
 		return err
 	}
-	if d.server, err = start(cfg, func() (*config.Config, error) { return cfg, nil }, slog.New(slog.DiscardHandler), nil); err != nil {
+	if d.server, err = start(cfg, func() (*config.Config, error) { return cfg, nil }, &logs{Logger: slog.New(slog.DiscardHandler), level: new(slog.LevelVar)}); err != nil {
 		return err
 	}
 	d.nodeCAs = x509.NewCertPool()

@@ -16,6 +16,7 @@ import (
 // order.
 type logs struct {
 	*slog.Logger
+	level  *slog.LevelVar
 	access func(server.Access) // nil if requests get no lines
 	out    *logWriter
 }
@@ -23,11 +24,12 @@ type logs struct {
 // newLogs returns the logs as configured. Close writes what waits.
 func newLogs(cfg config.Log, w io.Writer) (*logs, error) {
 	out := &logWriter{buf: bufio.NewWriterSize(w, 64<<10)}
-	log, err := newLogger(cfg, out)
-	if err != nil {
+	level := new(slog.LevelVar)
+	if err := level.UnmarshalText([]byte(cfg.Level)); err != nil {
 		return nil, err
 	}
-	l := &logs{Logger: log, out: out}
+	log := newLogger(cfg, level, out)
+	l := &logs{Logger: log, level: level, out: out}
 	switch {
 	case !cfg.Access:
 	case cfg.AccessFlush == 0:
@@ -43,16 +45,12 @@ func newLogs(cfg config.Log, w io.Writer) (*logs, error) {
 }
 
 // newLogger returns the log as configured.
-func newLogger(cfg config.Log, w io.Writer) (*slog.Logger, error) {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(cfg.Level)); err != nil {
-		return nil, err
-	}
+func newLogger(cfg config.Log, level slog.Leveler, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level}
 	if cfg.Format == config.LogJSON {
-		return slog.New(slog.NewJSONHandler(w, options)), nil
+		return slog.New(slog.NewJSONHandler(w, options))
 	}
-	return slog.New(slog.NewTextHandler(w, options)), nil
+	return slog.New(slog.NewTextHandler(w, options))
 }
 
 // Close writes what waits. What is logged after that is written at once.

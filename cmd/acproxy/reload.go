@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"reflect"
 	"slices"
 	"strings"
@@ -21,7 +22,8 @@ func newReload(o *options) *cobra.Command {
 		Use:   "reload",
 		Short: "Have the running server read configuration, keys, users, tokens and certificates again",
 		Long: `reload has the running server read its configuration again, as SIGHUP does, with all that it names: trusted keys, users, tokens, certificates. If something
-of it is wrong, nothing changes, and it says what. What has changed is printed; access.rules and access.users_file take effect at once, of other keys it says that they need a restart.
+of it is wrong, nothing changes, and it says what. What has changed is printed. These keys take effect at once: ` + strings.Join(reloadable(), ", ") + `. Of others
+it says that they need a restart.
 Requests and downloads in progress notice nothing.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -68,15 +70,31 @@ type preparer interface {
 
 // reloader reads everything again that a running server can. It is safe for concurrent use.
 type reloader struct {
-	load func() (*config.Config, error)
-	n    *running
+	load  func() (*config.Config, error)
+	n     *running
+	level *slog.LevelVar // of the log
 
 	mu  sync.Mutex
 	cfg *config.Config // as it was when the server started, but for what was reloaded since
 }
 
-// reloadable are the keys of the configuration that take effect without a restart.
-var reloadable = []string{"access.rules", "access.users_file"}
+// reloadable returns the keys of the configuration that take effect without a restart: nothing else rests on them than what is told of them, and none is
+// checked together with one that isn't among them. What decides about trust is not, as verdicts are remembered.
+func reloadable() []string {
+	return []string{
+		"access.rules", "access.users_file", "cache.on_full", "clients.burst", "clients.rate", "fetch.delivery", "freshness.max_stale", "freshness.on_change", "log.level",
+	}
+}
+
+// take takes the values of these keys over from another configuration.
+func take(to, from *config.Config) {
+	to.Access.Rules, to.Access.UsersFile = from.Access.Rules, from.Access.UsersFile
+	to.Cache.OnFull = from.Cache.OnFull
+	to.Clients.Burst, to.Clients.Rate = from.Clients.Burst, from.Clients.Rate
+	to.Fetch.Delivery = from.Fetch.Delivery
+	to.Freshness.MaxStale, to.Freshness.OnChange = from.Freshness.MaxStale, from.Freshness.OnChange
+	to.Log.Level = from.Log.Level
+}
 
 // current returns the configuration that counts.
 func (r *reloader) current() *config.Config {
@@ -112,10 +130,14 @@ func (r *reloader) readAgain() ([]admin.Change, error) {
 	}
 	changes := differences(r.cfg, cfg)
 	for i := range changes {
-		changes[i].Restart = !slices.ContainsFunc(reloadable, func(key string) bool { return changes[i].Key == key })
+		changes[i].Restart = !slices.Contains(reloadable(), changes[i].Key)
 	}
 	next := *r.cfg
-	next.Access.Rules, next.Access.UsersFile = cfg.Access.Rules, cfg.Access.UsersFile
+	take(&next, cfg)
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(next.Log.Level)); err != nil {
+		return nil, err
+	}
 	// First all that can fail.
 	guard, err := guardConfig(&next, r.n.parts.log)
 	if err != nil {
@@ -133,6 +155,11 @@ func (r *reloader) readAgain() ([]admin.Change, error) {
 		commit()
 	}
 	r.n.parts.guard.Change(guard)
+	r.n.parts.fetcher.SetPolicies(policies(&next))
+	if now := r.cfg.Clients; now.Rate != next.Clients.Rate || now.Burst != next.Clients.Burst {
+		r.n.server.SetRate(next.Clients.Rate, next.Clients.Burst)
+	}
+	r.level.Set(level)
 	r.n.parts.keys.Reload()
 	r.cfg = &next
 	return changes, nil

@@ -62,7 +62,7 @@ listens on 127.0.0.1:8080, as direct URLs, as HTTP proxy and for hosts that reso
 			again := make(chan os.Signal, 1)
 			signal.Notify(again, syscall.SIGHUP)
 			defer signal.Stop(again)
-			n, err := start(cfg, o.load, log.Logger, log.access)
+			n, err := start(cfg, o.load, log)
 			if err != nil {
 				return err
 			}
@@ -131,15 +131,15 @@ func (b bound) String() string {
 	return b.scheme + "://" + b.Addr().String()
 }
 
-// start opens everything and listens. It returns once all listeners accept connections. load reads the configuration again. access gets a line for each request,
-// unless it is nil.
-func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Logger, access func(server.Access)) (*running, error) {
+// start opens everything and listens. It returns once all listeners accept connections. load reads the configuration again.
+func start(cfg *config.Config, load func() (*config.Config, error), logs *logs) (*running, error) {
+	log, access := logs.Logger, logs.access
 	p, err := newParts(cfg, log, false)
 	if err != nil {
 		return nil, err
 	}
 	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+len(cfg.Admin.Listen)+2)}
-	n.reloader = &reloader{load: load, n: n, cfg: cfg}
+	n.reloader = &reloader{load: load, n: n, level: logs.level, cfg: cfg}
 	if n.sockets, err = listen.Inherit(); err != nil {
 		return nil, errors.Join(err, n.stop())
 	}

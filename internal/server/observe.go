@@ -88,7 +88,7 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 			}))
 			return
 		}
-		err := s.rates.check(r)
+		err := s.rates.Load().check(r)
 		if err == nil {
 			err = s.admit(rec, r)
 		}

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/mux"
@@ -78,8 +79,8 @@ type Server struct {
 	// The values of Cache-Control for what has a version and what hasn't.
 	maxAge, maxAgeLatest []string
 
-	buffers sync.Pool // for what is encrypted
-	rates   *rates    // nil if there is no limit
+	buffers sync.Pool             // for what is encrypted
+	rates   atomic.Pointer[rates] // nil if there is no limit
 
 	inner *inner // serves terminated CONNECT connections; nil if none are
 
@@ -103,7 +104,7 @@ func New(cfg Config) *Server {
 	s.refs, s.signatures, s.pages = memo.New[requested, asked](maxMemo), memo.New[acproxy.Digest, *small](maxMemo), memo.New[pageKey, *page](maxMemo)
 	s.helds, s.brisk = memo.New[heldKey, http.Header](maxMemo), newBriskMemo()
 	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
-	s.rates = newRates(cfg.Limits, s.now)
+	s.SetRate(cfg.Limits.Rate, cfg.Limits.Burst)
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {
 		s.inner = newInner(s)
@@ -119,6 +120,11 @@ func (s *Server) Close() error {
 		return nil
 	}
 	return s.inner.close()
+}
+
+// SetRate changes how many requests a client may make, as [Limits] has it, from the next request on. What clients have asked for already is forgotten.
+func (s *Server) SetRate(rate, burst int) {
+	s.rates.Store(newRates(Limits{Rate: rate, Burst: burst}, s.now))
 }
 
 // maxMemo bounds each of the things that are remembered to be had at once: a few kilobytes each.

@@ -1,16 +1,20 @@
 package e2e
 
 import (
+	"bytes"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/acproxy/acproxy/test/node"
+	"github.com/acproxy/acproxy/test/publisher"
 )
 
 // TestReload changes who may have what while a server runs, by its command and by a signal. What is wrong changes nothing.
@@ -60,6 +64,70 @@ func TestReload(t *testing.T) {
 	}
 	eventually(t, "the log says that nothing was reloaded", func() bool { return strings.Contains(s.server().output(), `"msg":"nothing was reloaded"`) })
 	wantImage(t, s.get(s.direct(im, "aci")), im)
+}
+
+// TestReloadedKeys changes what takes effect without a restart, and back.
+func TestReloadedKeys(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "log: {access_flush: 0s, level: info}")
+	im := s.publish(app("app"))
+	reload := func(overlay string, changes int) {
+		t.Helper()
+		s.configure(overlay)
+		code, out := s.cli("reload")
+		if code != 0 || !strings.Contains(out, fmt.Sprintf("reloaded, %d change", changes)) || strings.Contains(out, "restart") {
+			t.Errorf("acproxy reload: %d, %s", code, out)
+		}
+	}
+	requests := func() int { return strings.Count(s.server().output(), `"msg":"request"`) }
+	reload("log: {access_flush: 0s, level: warn}", 1)
+	s.hold(im)
+	wantImage(t, s.get(s.direct(im, "aci")), im)
+	if requests() > 0 {
+		t.Error("at level warn there are lines of requests")
+	}
+	reload("log: {access_flush: 0s, level: info}", 1)
+	wantImage(t, s.get(s.direct(im, "aci")), im)
+	eventually(t, "a request has a line", func() bool { return requests() > 0 })
+
+	reload("{log: {access_flush: 0s, level: info}, clients: {rate: 1, burst: 2}}", 2)
+	status := func() int { return s.get(s.direct(im, "aci.asc")).Status }
+	if first, second, third := status(), status(), status(); first != http.StatusOK || second != http.StatusOK || third != http.StatusTooManyRequests {
+		t.Errorf("with a rate: %d, %d, %d", first, second, third)
+	}
+	reload("{log: {access_flush: 0s, level: info}}", 2)
+	for range 5 {
+		wantStatus(t, s.get(s.direct(im, "aci.asc")), http.StatusOK)
+	}
+
+	// An image that is asked for from now on waits for its end.
+	reload("{log: {access_flush: 0s, level: info}, freshness: {on_change: follow, max_stale: 0s}, fetch: {delivery: verify-first}, cache: {on_full: stream}}", 4)
+	late := s.publish(large("late", 1<<20))
+	trouble := s.publisher.Misbehave(publisher.URL(late.blob()), publisher.Fault{StallAfter: publisher.At(600 << 10)})
+	type begun struct {
+		resp *http.Response
+		err  error
+	}
+	answered := make(chan begun, 1)
+	go func() {
+		resp, err := s.client().Get(s.direct(late, "aci"))
+		answered <- begun{resp, err}
+	}()
+	within(t, "the publisher stalls", trouble.Stalled())
+	select {
+	case a := <-answered:
+		t.Fatalf("with delivery: verify-first an answer began before the end: %v, %v", a.resp, a.err)
+	case <-time.After(300 * time.Millisecond): // an answer that begins at once is there long before
+	}
+	trouble.Release()
+	a := <-answered
+	if a.err != nil {
+		t.Fatal(a.err)
+	}
+	defer a.resp.Body.Close()
+	if body := must(io.ReadAll(a.resp.Body))(t); !bytes.Equal(body, late.aci) {
+		t.Errorf("%s with %d bytes", a.resp.Status, len(body))
+	}
 }
 
 // TestRenewedCertificate puts another certificate into the place of the one that is served with.
