@@ -50,14 +50,15 @@ var layers = map[string][]string{
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
 	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem"},
 	"internal/journal":     {"fetch"},
-	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/problem", "internal/web"},
+	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/problem", "internal/warm", "internal/web"},
 	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
+	"internal/warm":        {".", "cache", "fetch", "internal/durable"},
 	"internal/page":        {".", "cache", "fetch", "internal/access", "internal/admin", "internal/history", "internal/journal", "internal/problem", "internal/web"},
 	"internal/metrics":     {"internal/server", "internal/history", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/warm",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
@@ -82,7 +83,8 @@ var reserved = map[string][]string{
 	"github.com/gorilla/mux":           {"internal/server", "internal/admin"},
 	"github.com/danielgtaylor/huma":    {"internal/admin"},
 	"github.com/patrickmn/go-cache":    {"discovery", "fetch"},
-	"github.com/goccy/go-yaml":         {"internal/config"},
+	"github.com/goccy/go-yaml":         {"internal/config", "internal/warm"},
+	"github.com/robfig/cron":           {"internal/config", "internal/warm"},
 	"github.com/spf13/cobra":           {"cmd/acproxy"},
 	"golang.org/x/net/html":            {"discovery"},
 	"github.com/ulikunitz/xz":          {"internal/aci"},

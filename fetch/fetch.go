@@ -225,6 +225,8 @@ type Request struct {
 	// Has is the ETag of the image that the client has already, "" for none. If it is that of the held image there is nothing to send: that image is
 	// returned without its file.
 	Has string
+	// Fresh has the publisher be asked whether what is held is still what a ref without a version answers, however lately it was, and waited for.
+	Fresh bool
 }
 
 // moves reports whether the ref may move on to another image between a client's two requests: only one without a version can.
@@ -422,7 +424,7 @@ func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
 	case !errors.Is(err, acproxy.ErrNotFound):
 		return answer{}, err
 	case policy.Offline:
-		return f.fallback(req.Ref, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: req.Ref.String() + " is not held here, and this proxy is offline"})
+		return f.fallback(req.Ref, offline(req.Ref))
 	}
 	a, err := f.ask(ctx, req)
 	if outage(err) {
@@ -522,7 +524,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 		return asHeld, nil, nil
 	}
 	age, ttl := f.now().Sub(resolved.Validated), f.jittered(policy.TTL, ref.String(), resolved.Validated)
-	if age < ttl {
+	if age < ttl && !req.Fresh {
 		return asHeld, nil, nil
 	}
 	if asHeld == Hit {
@@ -532,7 +534,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 		return asHeld, nil, nil
 	}
 	fl, joined := f.join(req, resolved.Digest)
-	if age < ttl+policy.MaxStale {
+	if age < ttl+policy.MaxStale && !req.Fresh {
 		return asHeld, nil, nil
 	}
 	switch err := fl.wait(ctx); {

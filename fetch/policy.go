@@ -39,6 +39,8 @@ type Policy struct {
 	OnChange OnChange
 	OnFull   OnFull
 	Offline  bool // dial nobody
+	// Listing is where the publisher lists the versions of an image: a URL with {name}. "" means that nothing is known of any.
+	Listing string
 }
 
 // policy returns the policy with the longest prefix that covers the name.

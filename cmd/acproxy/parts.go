@@ -165,7 +165,7 @@ func policies(cfg *config.Config) []fetch.Policy {
 	of := func(p config.Publisher) fetch.Policy {
 		p = cfg.Inherit(p)
 		out := fetch.Policy{
-			Prefix: p.Prefix, TTL: time.Duration(*p.TTL), MaxStale: time.Duration(*p.MaxStale), Offline: *p.Offline,
+			Prefix: p.Prefix, TTL: time.Duration(*p.TTL), MaxStale: time.Duration(*p.MaxStale), Offline: *p.Offline, Listing: p.Listing,
 			Trust: trustPolicy(p),
 		}
 		if p.Delivery == config.DeliveryVerifyFirst {

@@ -136,6 +136,9 @@ type Config struct {
 	// How what is kept is read again, to find what the disk has lost.
 	Scrub Scrub `yaml:"scrub"`
 
+	// Lists of images that are fetched before anybody asks for them.
+	Warm Warm `yaml:"warm"`
+
 	// What acproxy tells about its work, on standard error.
 	Log Log `yaml:"log"`
 
@@ -200,6 +203,9 @@ type AccessRule struct {
 	// is, or anyone.
 	Read []string `yaml:"read" required:"known"`
 
+	// Who may have them be fetched, by the API: acproxy warm. Whoever may read them has them fetched too, one at a time.
+	Warm []string `yaml:"warm"`
+
 	// Who may keep them from being evicted, and let them be again, by the API. Whoever may use admin.socket may do everything.
 	Pin []string `yaml:"pin"`
 
@@ -212,7 +218,7 @@ type AccessRule struct {
 
 // Rights returns the lists of names by the keys that they stand under.
 func (r AccessRule) Rights() map[string][]string {
-	return map[string][]string{"read": r.Read, "pin": r.Pin, "delete": r.Delete, "admin": r.Admin}
+	return map[string][]string{"read": r.Read, "warm": r.Warm, "pin": r.Pin, "delete": r.Delete, "admin": r.Admin}
 }
 
 // Admin is how operators, and acproxy's own commands, look into a running server.
@@ -563,6 +569,42 @@ type Scrub struct {
 	Rate Size `yaml:"rate"`
 }
 
+// Warm is lists of images that are fetched before anybody asks for them.
+type Warm struct {
+	// Images of all lists together that are asked for at once.
+	Concurrency int `yaml:"concurrency"`
+
+	// Platforms, as os/arch in appc's words, that images are asked for whose list doesn't say. none asks for nothing but what the list says.
+	Platforms []string `yaml:"platforms"`
+
+	// Images that a list may come to, with those that others depend on.
+	MaxImages int `yaml:"max_images"`
+
+	// How many images deep dependencies are followed.
+	MaxDepth int `yaml:"max_depth"`
+
+	// Finished jobs that are remembered. The oldest one goes first.
+	KeepJobs int `yaml:"keep_jobs"`
+
+	// Lists that the server fetches by itself.
+	Lists []WarmList `yaml:"lists"`
+}
+
+// WarmList is a list of images that the server fetches by itself.
+type WarmList struct {
+	// File with the list, as acproxy warm takes it. It is read anew each time.
+	File string `yaml:"file" required:"/etc/acproxy/warm.yaml"`
+
+	// Groups of it. Empty: all.
+	Groups []string `yaml:"groups"`
+
+	// When: minute, hour, day of the month, month, day of the week, in the server's time zone. Empty: as the list says for each of its groups.
+	Schedule string `yaml:"schedule"`
+
+	// By how much later than that it begins at most, at random, so that not all mirrors ask at once.
+	Jitter Duration `yaml:"jitter"`
+}
+
 // Log is what acproxy tells about its work.
 type Log struct {
 	// The least that is worth a line: debug, info, warn or error.
@@ -602,6 +644,10 @@ type Publisher struct {
 
 	// Host, with or without a port, that is asked for discovery in place of the name's own.
 	DiscoveryHost string `yaml:"discovery_host"`
+
+	// URL with {name} that lists the versions of an image: the tags of an OCI repository, a JSON array, or text with one on each line. It is asked where a
+	// list of acproxy warm has a pattern for a version. Empty: there is none.
+	Listing string `yaml:"listing"`
 
 	// Also try {name}-{version}-{os}-{arch}.{ext}, as was done before meta-discovery, when no page has a tag.
 	SimpleDiscovery bool `yaml:"simple_discovery"`
@@ -715,6 +761,13 @@ func Default() Config {
 			MaxStale: minutes(60),
 			OnChange: OnChangeRefuse,
 			MaxAge:   minutes(5),
+		},
+		Warm: Warm{
+			Concurrency: 4,
+			Platforms:   []string{"linux/amd64"},
+			MaxImages:   100_000,
+			MaxDepth:    16,
+			KeepJobs:    100,
 		},
 		Cache: Cache{
 			MinFree:      1 * GiB,

@@ -271,15 +271,15 @@ func (c *Client) Get(ctx context.Context, name, what, rawURL string, header http
 	return c.do(ctx, http.MethodGet, name, what, rawURL, header)
 }
 
-// Head asks whether there is something at a URL, as [Client.Get] would, and returns the status.
-func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status int, trace acproxy.Trace, err error) {
+// Head asks whether there is something at a URL, as [Client.Get] would, and returns the status and the size: -1 if the publisher doesn't say.
+func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status int, size int64, trace acproxy.Trace, err error) {
 	resp, trace, err := c.do(ctx, http.MethodHead, name, what, rawURL, nil)
 	if err != nil {
-		return 0, trace, err
+		return 0, -1, trace, err
 	}
 	// There is no body to read, and nothing that closing it could say.
 	_ = resp.Body.Close()
-	return resp.StatusCode, trace, nil
+	return resp.StatusCode, resp.ContentLength, trace, nil
 }
 
 func (c *Client) do(ctx context.Context, method, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
