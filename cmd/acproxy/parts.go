@@ -31,6 +31,7 @@ import (
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/metrics"
+	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -256,6 +257,7 @@ type parts struct {
 	journal     *journal.Journal
 	history     *history.History
 	metrics     *metrics.Metrics
+	warm        *warm.Jobs    // nil until it is opened
 	lost        chan struct{} // says that an image was found to be lost since somebody last looked
 }
 
@@ -378,6 +380,33 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 		Limits: limits(cfg), Decided: p.decided, Landed: p.metrics.Landed, Log: log,
 	})
 	return p, nil
+}
+
+// openWarm opens the lists of images that are fetched, which are kept in a directory.
+func (p *parts) openWarm(dir string, lists []warm.Listed) (err error) {
+	c := p.cfg.Warm
+	var platforms []warm.Platform
+	for _, platform := range c.Platforms {
+		platforms = append(platforms, warm.Platform(platform))
+	}
+	p.warm, err = warm.Open(warm.Options{
+		Fetcher: p.fetcher, Dir: dir, Platforms: platforms, Workers: c.Concurrency, MaxDepth: c.MaxDepth, MaxImages: c.MaxImages, Keep: c.KeepJobs, Lists: lists, Log: p.log,
+		Pin: func(ctx context.Context, digest acproxy.Digest) error { return p.judged().Pin(ctx, digest, true) },
+		Ended: func(j warm.Job) {
+			p.happened(journal.EventWarmed, strings.TrimSpace(j.Name+" ")+": "+warmText(j))
+		},
+		Result: func(r warm.Result) { p.metrics.Warmed(r.Outcome) },
+	})
+	return err
+}
+
+// warmLists returns the lists that are fetched by a schedule.
+func warmLists(cfg *config.Config) []warm.Listed {
+	var lists []warm.Listed
+	for _, l := range cfg.Warm.Lists {
+		lists = append(lists, warm.Listed{File: l.File, Groups: l.Groups, Schedule: l.Schedule, Jitter: time.Duration(l.Jitter)})
+	}
+	return lists
 }
 
 // close closes what was opened, in the reverse order.

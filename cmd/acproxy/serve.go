@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -160,6 +161,10 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	n.work.Go(func() { n.rejudge(ctx, changed, log) })
 	n.work.Go(func() { n.mend(ctx, log) })
 	n.work.Go(func() { n.watch(ctx, log) })
+	if err := n.parts.openWarm(filepath.Join(cfg.DataDir, "jobs"), warmLists(cfg)); err != nil {
+		return err
+	}
+	n.work.Go(func() { n.parts.warm.Run(ctx) })
 	for _, l := range cfg.Listen {
 		if err := n.listen(ctx, l, log); err != nil {
 			return err
@@ -173,7 +178,7 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 	p := n.parts
 	n.admin = admin.New(admin.Options{
 		Store: p.judged(), Guard: p.guard, Metrics: p.metrics.Handler(), Flights: p.fetcher.Flights, Publishers: p.web.Hosts, Keyring: p.keys.Current,
-		Journal: p.journal, History: p.history, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: cfg.Offline, Log: log,
+		Journal: p.journal, History: p.history, Warm: p.warm, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: cfg.Offline, Log: log,
 		Discover: func(ctx context.Context, ref acproxy.Ref) (admin.Discovered, error) {
 			return admin.Discover(ctx, p.finder, ref)
 		},

@@ -22,6 +22,9 @@ import (
 
 const api = "/api/v1/"
 
+// aciType is the media type of an image, as nodes get it.
+const aciType = "application/octet-stream"
+
 // document is the API's description in OpenAPI 3.1. A test holds it against what is registered, and what is answered against it.
 //
 //go:embed openapi.yaml
@@ -87,6 +90,7 @@ const (
 	tagImages     = "images"
 	tagStore      = "store"
 	tagPublishers = "publishers"
+	tagWarm       = "warm"
 	tagTrust      = "trust"
 	tagEvents     = "events"
 	tagServer     = "server"
@@ -110,6 +114,7 @@ func (s *Server) describe(router *mux.Router) huma.API {
 		{Name: tagImages, Description: "The images that are held, and those that were refused."},
 		{Name: tagStore, Description: "The space that they take."},
 		{Name: tagPublishers, Description: "Where images come from, and what is being fetched."},
+		{Name: tagWarm, Description: "Lists of images that are fetched before anybody asks."},
 		{Name: tagTrust, Description: "Whose signatures count."},
 		{Name: tagEvents, Description: "What has happened."},
 		{Name: tagServer, Description: "The server as a whole."},
@@ -117,6 +122,7 @@ func (s *Server) describe(router *mux.Router) huma.API {
 	s.describeImages(a)
 	s.describeStore(a)
 	s.describePublishers(a)
+	s.describeWarm(a)
 	s.describeTrust(a)
 	s.describeEvents(a)
 	s.describeServer(a)
@@ -264,6 +270,29 @@ func (s *Server) describeImages(a huma.API) {
 				return op.get(v, digest)
 			})
 	}
+	huma.Register(a, huma.Operation{
+		OperationID: "get-image", Method: http.MethodGet, Path: api + "images/{digest}/image", Tags: []string{tagImages}, Summary: "Get an image", Description: "Its bytes as published. Range requests are answered. One that may not be served isn't here either.",
+		Responses: map[string]*huma.Response{"200": {
+			Description: "OK", Content: map[string]*huma.MediaType{aciType: {Schema: &huma.Schema{Type: huma.TypeString, Format: "binary"}}},
+		}},
+	}, func(ctx context.Context, in *digestInput) (*huma.StreamResponse, error) {
+		digest, err := in.digest()
+		if err != nil {
+			return nil, s.troubled(err)
+		}
+		blob, rec, err := s.ViewOf(ctx).Blob(digest)
+		if err != nil {
+			return nil, s.troubled(err)
+		}
+		return &huma.StreamResponse{Body: func(ctx huma.Context) {
+			// What was read was only read: there is nothing that closing it could lose.
+			defer func() { _ = blob.Close() }()
+			r, w := humamux.Unwrap(ctx)
+			w.Header().Set("Content-Type", aciType)
+			w.Header().Set("ETag", `"`+digest.String()+`"`)
+			http.ServeContent(w, r, "", rec.Modified, blob)
+		}}, nil
+	})
 	register(s, a, huma.Operation{OperationID: "show-dependencies", Method: http.MethodGet, Path: "images/{digest}/dependencies", Tags: []string{tagImages}, Summary: "Show what an image needs", Description: "The images that it depends on, as a tree as far as they are held: up to 16 deep, and up to 500 in all."},
 		func(v View, _ context.Context, in *digestInput) ([]Needed, error) {
 			digest, err := in.digest()

@@ -23,6 +23,7 @@ import (
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/problem"
+	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -38,6 +39,7 @@ type Options struct {
 	Keyring    func() *trust.Keyring
 	Journal    *journal.Journal
 	History    *history.History
+	Warm       *warm.Jobs
 	// Discover asks an image's publisher where it keeps the image and its keys.
 	Discover func(context.Context, acproxy.Ref) (Discovered, error)
 	// Config returns the configuration that counts, without secrets, as YAML.

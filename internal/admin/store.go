@@ -3,6 +3,7 @@ package admin
 import (
 	"context"
 	"errors"
+	"io"
 	"slices"
 	"time"
 
@@ -23,6 +24,8 @@ type Store interface {
 	Manifest(digest acproxy.Digest) ([]byte, error)
 	// Signature returns an image's signature as it was published, or an error matching [acproxy.ErrNotFound] if it has none.
 	Signature(digest acproxy.Digest) ([]byte, error)
+	// Blob opens the bytes of an image as they were published. The caller closes them. It returns an error matching [acproxy.ErrNotFound] if it isn't held.
+	Blob(digest acproxy.Digest) (io.ReadSeekCloser, error)
 	// Dependencies returns what an image needs, and what that needs, as far as it is held.
 	Dependencies(digest acproxy.Digest) ([]Needed, error)
 	// ByImageID returns the images whose ID begins with some hex digits.
@@ -86,6 +89,15 @@ func (j Judged) Record(digest acproxy.Digest) (cache.Record, error) {
 		return rec, err
 	}
 	return j.Judge(rec), nil
+}
+
+// Blob implements [Store].
+func (j Judged) Blob(digest acproxy.Digest) (io.ReadSeekCloser, error) {
+	blob, err := j.OpenBlob(digest)
+	if err != nil {
+		return nil, err
+	}
+	return blob, nil
 }
 
 // ByImageID is [cache.Disk.ByImageID].

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"slices"
 	"time"
@@ -155,6 +156,19 @@ func (v View) Signature(digest acproxy.Digest) ([]byte, error) {
 		return nil, err
 	}
 	return v.s.o.Store.Signature(digest)
+}
+
+// Blob opens the bytes of an image. The caller closes them. One that is quarantined is refused: no unverified byte leaves here.
+func (v View) Blob(digest acproxy.Digest) (io.ReadSeekCloser, cache.Record, error) {
+	rec, err := v.Image(digest)
+	if err == nil && rec.State == cache.Quarantined {
+		err = &acproxy.Error{Kind: acproxy.ErrRefused, Code: "quarantined", Detail: "the image " + digest.String() + " may not be served: " + rec.Reason}
+	}
+	if err != nil {
+		return nil, rec, err
+	}
+	blob, err := v.s.o.Store.Blob(digest)
+	return blob, rec, err
 }
 
 // Dependencies returns what an image needs. What the client may not know of counts as not held.

@@ -22,6 +22,7 @@ type Metrics struct {
 	evictions   *prometheus.CounterVec
 	evicted     *prometheus.CounterVec
 	flights     *prometheus.HistogramVec
+	warmed      *prometheus.CounterVec
 	requests    *requests
 }
 
@@ -54,9 +55,16 @@ func New(version string) *Metrics {
 			Help:    "Time that fetching an image took, from its publisher's answer to the verdict, by outcome (kept, or the code of the error).",
 			Buckets: []float64{.01, .1, .5, 1, 5, 15, 60, 300, 1800},
 		}, []string{"outcome"}),
+		warmed: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_warmed_images_total",
+			Help: "Images of lists that were fetched ahead, by what became of them (held, fetched, would, failed).",
+		}, []string{"outcome"}),
 		requests: newRequests(),
 	}
 	m.flights.WithLabelValues("kept")
+	for _, outcome := range []string{"held", "fetched", "failed"} {
+		m.warmed.WithLabelValues(outcome)
+	}
 	for _, reason := range []string{cache.ReasonNeeded, cache.ReasonHigh, cache.ReasonDiskFull, cache.ReasonAsked} {
 		m.evictions.WithLabelValues(cache.EvictImage, reason)
 		m.evicted.WithLabelValues(cache.EvictImage, reason)
@@ -73,7 +81,7 @@ func New(version string) *Metrics {
 		Name: "acproxy_build_info", Help: "Which acproxy this is; always 1.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	info.Set(1)
-	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.warmed, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
