@@ -163,17 +163,31 @@ func TestAnswersFitTheDocument(t *testing.T) {
 		{"GET", "/api/v1/config", "", 200},
 		{"POST", "/api/v1/reload", "", 200},
 		{"GET", "/api/v1/ready", "", 204},
+		{"GET", "/api/v1/images/{digest}/image", "", 200},
+		{"GET", "/api/v1/warm", "", 200},
+		{"GET", "/api/v1/warm/{job}", "", 200},
+		{"GET", "/api/v1/warm/{job}", "?after=1&limit=1&wait=1", 200},
+		{"GET", "/api/v1/warm/{job}", "?wait=61", 422},
+		{"DELETE", "/api/v1/warm/{job}", "", 200},
+		{"POST", "/api/v1/warm", ` {"images":[{"image":"example.com/app:1.0","pin":true,"where":"a:1"}],"platforms":["linux/amd64"],"dryRun":true}`, 202},
+		{"POST", "/api/v1/warm", ` {"images":[]}`, 400},
+		{"POST", "/api/v1/warm", ` {"images":[{"image":"EXAMPLE"}]}`, 400},
+		{"POST", "/api/v1/warm", ` {"images":[{"image":"example.com/app","colour":1}]}`, 422},
 		{"PUT", "/api/v1/images/{digest}/pin", "", 200},
 		{"DELETE", "/api/v1/images/{digest}/pin", "", 200},
 		{"DELETE", "/api/v1/images/{digest}", "", 204},
 		{"POST", "/api/v1/gc", "?target=0", 200},
 	} {
-		path := strings.NewReplacer("{digest}", app, "{digits}", strings.TrimPrefix(all[1].Record.ImageID.String(), "sha512-")[:12]).Replace(call.path)
+		path := strings.NewReplacer("{digest}", app, "{digits}", strings.TrimPrefix(all[1].Record.ImageID.String(), "sha512-")[:12], "{job}", sc.job.ID).Replace(call.path)
 		documented := call.path
 		if strings.HasPrefix(documented, "/api/v1/images/") && !strings.Contains(documented, "{") {
 			documented = "/api/v1/images/{digest}"
 		}
-		req := httptest.NewRequestWithContext(t.Context(), call.method, "http://acproxy"+path+call.query, nil)
+		query, body, _ := strings.Cut(call.query, " ")
+		req := httptest.NewRequestWithContext(t.Context(), call.method, "http://acproxy"+path+query, strings.NewReader(body))
+		if body != "" {
+			req.Header.Set("Content-Type", "application/json")
+		}
 		w := httptest.NewRecorder()
 		asCaller(caller{socket: true}, sc.s.router).ServeHTTP(w, req)
 		if w.Code != call.status {
@@ -239,7 +253,7 @@ func (sc *scene) holdLive(c *contract, path string) {
 // Who may do what: the whole of it, by who asks.
 func TestRights(t *testing.T) {
 	rules := []access.Rule{
-		{Prefix: "", May: map[access.Right][]string{access.Read: {access.Anyone}, access.Pin: {"ci"}, access.Admin: {"admin"}}},
+		{Prefix: "", May: map[access.Right][]string{access.Read: {access.Anyone}, access.Pin: {"ci"}, access.Warm: {"ci"}, access.Admin: {"admin"}}},
 		{Prefix: "secret.example.com", May: map[access.Right][]string{access.Read: {"ci"}, access.Admin: {"admin"}}},
 	}
 	app, secret := images()[0].Record.Digest.String(), images()[2].Record.Digest.String()
@@ -258,6 +272,12 @@ func TestRights(t *testing.T) {
 		{"PUT", "/api/v1/images/" + app + "/pin", 403, statuses{401, 403, 200, 200}},
 		{"DELETE", "/api/v1/images/" + app + "/pin", 403, statuses{401, 403, 200, 200}},
 		{"PUT", "/api/v1/images/" + secret + "/pin", 403, statuses{404, 404, 403, 200}},
+		{"GET", "/api/v1/images/" + secret + "/image", 200, statuses{404, 404, 200, 200}},
+		{"GET", "/api/v1/warm", 200, statuses{200, 200, 200, 200}},
+		{"GET", "/api/v1/warm/{job}", 200, statuses{404, 404, 200, 200}},
+		{"DELETE", "/api/v1/warm/{job}", 403, statuses{404, 404, 403, 200}},
+		{"POST", `/api/v1/warm {"images":[{"image":"example.com/app:1"}]}`, 403, statuses{401, 403, 202, 202}},
+		{"POST", `/api/v1/warm {"images":[{"image":"secret.example.com/db:1"},{"image":"example.com/app:1"}]}`, 403, statuses{401, 403, 403, 202}},
 		{"GET", "/api/v1/quarantine", 200, statuses{200, 200, 200, 200}},
 		{"GET", "/api/v1/refusals", 200, statuses{200, 200, 200, 200}},
 		{"GET", "/api/v1/flights", 200, statuses{200, 200, 200, 200}},
