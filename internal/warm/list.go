@@ -116,7 +116,7 @@ func (l List) Images(groups ...string) ([]Entry, error) {
 }
 
 // maxList bounds a list, in bytes.
-const maxList = 64 << 20
+const maxList = 16 << 20
 
 // ReadList reads a list. It is YAML if the name of the file ends with .yaml or .yml, else text with an image on each line:
 //
@@ -142,7 +142,7 @@ func readText(text []byte, file string) (List, error) {
 	var images []Entry
 	var wrong []error
 	lines := bufio.NewScanner(bytes.NewReader(text))
-	lines.Buffer(nil, maxList)
+	lines.Buffer(nil, maxList+1)
 	for n := 1; lines.Scan(); n++ {
 		words := strings.Fields(withoutComment(lines.Text()))
 		if len(words) == 0 {
