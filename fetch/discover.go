@@ -21,6 +21,14 @@ type Discovery struct {
 // Discover returns the templates that a name's publisher gives for it. What was learned before is answered at once, and refreshed behind when it
 // is old; only a name that nothing is known of waits for its publisher.
 func (f *Fetcher) Discover(ctx context.Context, name string) (Discovery, error) {
+	d, err := f.discovered(ctx, name)
+	if ref, invalid := acproxy.NewRef(name, nil); err != nil && invalid == nil {
+		f.missed(ref, true, err)
+	}
+	return d, err
+}
+
+func (f *Fetcher) discovered(ctx context.Context, name string) (Discovery, error) {
 	if err := acproxy.CheckName(name); err != nil {
 		return Discovery{}, err
 	}

@@ -70,6 +70,9 @@ type Config struct {
 	// Landed is told of every fetch of an image that has ended, kept or not, and how long it took from the publisher's answer on. It must not block for long. nil
 	// means nobody is told.
 	Landed func(took time.Duration, err error)
+	// Missed is told of every image that a client asked for and that is neither held nor to be had, and why. Where only discovery was asked, ref is a name. It must
+	// not block for long. nil means nobody is told.
+	Missed func(ref acproxy.Ref, discovery bool, err error)
 
 	Log *slog.Logger     // nil means slog.Default
 	Now func() time.Time // nil means time.Now
@@ -403,6 +406,22 @@ func (f *Fetcher) ByImageID(ctx context.Context, digits string, may func(name st
 }
 
 func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
+	a, err := f.find(ctx, req)
+	if err != nil && req.Client != "" {
+		f.missed(req.Ref, false, err)
+	}
+	return a, err
+}
+
+// missed tells of what a client could not get because it isn't here. What is refused is another matter.
+func (f *Fetcher) missed(ref acproxy.Ref, discovery bool, err error) {
+	if f.cfg.Missed != nil && (errors.Is(err, acproxy.ErrOffline) || errors.Is(err, acproxy.ErrNotFound) || errors.Is(err, acproxy.ErrPublisher) || errors.Is(err, acproxy.ErrTimeout)) {
+		f.cfg.Missed(ref, discovery, err)
+	}
+}
+
+// find is answer, and tells nobody.
+func (f *Fetcher) find(ctx context.Context, req Request) (answer, error) {
 	if err := f.allowed(req.Ref.Name()); err != nil {
 		return answer{}, err
 	}

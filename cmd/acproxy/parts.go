@@ -31,6 +31,7 @@ import (
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/metrics"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
@@ -257,13 +258,14 @@ type parts struct {
 	journal     *journal.Journal
 	history     *history.History
 	metrics     *metrics.Metrics
-	warm        *warm.Jobs    // nil until it is opened
+	warm        *warm.Jobs // nil until it is opened
+	missing     *missing.Table
 	lost        chan struct{} // says that an image was found to be lost since somebody last looked
 }
 
 // judged is the store with the state that the keys give its images now.
 func (p *parts) judged() admin.Judged {
-	return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged, Did: p.decided}
+	return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged, Did: p.decided, Missed: p.missing, Knows: p.fetcher.Knows}
 }
 
 // ready returns why not all of the work can be done, nil if it can. A side that is offline has nothing to write.
@@ -349,6 +351,9 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 		return p, err
 	}
 	p.journal, p.history = journal.New(nil), history.New()
+	if p.missing, err = missing.Load(p.missingFile()); err != nil {
+		log.Warn("what was missing before is not known", "err", err)
+	}
 	if !idle {
 		p.remember()
 	}
@@ -377,7 +382,7 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 		Jitter:  float64(cfg.Freshness.Jitter) / 100,
 		Retries: orNone[int64](cfg.Fetch.Retries), RetryFor: time.Duration(cfg.Fetch.RetryFor), RetryWait: time.Duration(cfg.Fetch.RetryWait),
 		MaxFlights: int64(cfg.Fetch.MaxFlights), MaxQueue: orNone[int64](cfg.Fetch.MaxQueue), QueueWait: time.Duration(cfg.Fetch.QueueWait),
-		Limits: limits(cfg), Decided: p.decided, Landed: p.metrics.Landed, Log: log,
+		Limits: limits(cfg), Decided: p.decided, Landed: p.metrics.Landed, Missed: p.missed, Log: log,
 	})
 	return p, nil
 }

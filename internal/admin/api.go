@@ -16,6 +16,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/web"
 )
@@ -329,6 +330,16 @@ func (s *Server) describeImages(a huma.API) {
 		})
 	register(s, a, huma.Operation{OperationID: "list-refusals", Method: http.MethodGet, Path: "refusals", Tags: []string{tagImages}, Summary: "List refusals", Description: "The images that were asked for and not accepted, and why, the latest first."},
 		func(v View, _ context.Context, _ *nothing) ([]cache.Refused, error) { return v.Refusals() })
+	register(s, a, huma.Operation{
+		OperationID: "list-missing", Method: http.MethodGet, Path: "missing", Tags: []string{tagImages}, Summary: "List what is missing",
+		Description: "What nodes asked for and could not get, because it isn't held and nobody has it, or nobody may be asked. What was asked for most often is first.",
+	}, func(v View, _ context.Context, _ *nothing) ([]missing.Missed, error) { return v.Missing() })
+	huma.Register(a, huma.Operation{
+		OperationID: "forget-missing", Method: http.MethodDelete, Path: api + "missing", Tags: []string{tagImages}, Summary: "Forget what is missing", DefaultStatus: http.StatusNoContent,
+		Description: "What is asked for again is listed again. Needs the right admin.",
+	}, func(ctx context.Context, _ *nothing) (*struct{}, error) {
+		return nil, s.troubled(s.ViewOf(ctx).ForgetMissing())
+	})
 }
 
 type pageInput struct {

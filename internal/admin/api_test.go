@@ -145,6 +145,7 @@ func TestAnswersFitTheDocument(t *testing.T) {
 		{"GET", "/api/v1/image-ids/{digits}", "", 200},
 		{"GET", "/api/v1/quarantine", "", 200},
 		{"GET", "/api/v1/refusals", "", 200},
+		{"GET", "/api/v1/missing", "", 200},
 		{"GET", "/api/v1/usage", "", 200},
 		{"GET", "/api/v1/gc", "", 200},
 		{"GET", "/api/v1/gc", "?target=0", 200},
@@ -177,6 +178,7 @@ func TestAnswersFitTheDocument(t *testing.T) {
 		{"DELETE", "/api/v1/images/{digest}/pin", "", 200},
 		{"DELETE", "/api/v1/images/{digest}", "", 204},
 		{"POST", "/api/v1/gc", "?target=0", 200},
+		{"DELETE", "/api/v1/missing", "", 204},
 	} {
 		path := strings.NewReplacer("{digest}", app, "{digits}", strings.TrimPrefix(all[1].Record.ImageID.String(), "sha512-")[:12], "{job}", sc.job.ID).Replace(call.path)
 		documented := call.path
@@ -287,6 +289,8 @@ func TestRights(t *testing.T) {
 		{"GET", "/api/v1/ready", 204, statuses{204, 204, 204, 204}},
 		{"GET", "/api/v1/discover?image=example.com/app", 200, statuses{200, 200, 200, 200}},
 		{"GET", "/api/v1/discover?image=secret.example.com/db", 200, statuses{401, 403, 200, 200}},
+		{"GET", "/api/v1/missing", 200, statuses{200, 200, 200, 200}},
+		{"DELETE", "/api/v1/missing", 403, statuses{401, 403, 403, 204}},
 		{"GET", "/api/v1/usage", 200, statuses{401, 403, 403, 200}},
 		{"GET", "/api/v1/gc", 200, statuses{401, 403, 403, 200}},
 		{"GET", "/api/v1/publishers", 200, statuses{401, 403, 403, 200}},
@@ -333,14 +337,14 @@ func TestListingsLeaveOutWhatIsNotForTheClient(t *testing.T) {
 	secret := images()[2].Record
 	for _, path := range []string{
 		"images", "images?sort=size", "images?contains=" + secret.Digest.String(), "images/" + images()[0].Record.Digest.String() + "/dependencies",
-		"image-ids/" + strings.TrimPrefix(secret.ImageID.String(), "sha512-")[:20], "refusals", "flights", "events", "quarantine",
+		"image-ids/" + strings.TrimPrefix(secret.ImageID.String(), "sha512-")[:20], "refusals", "flights", "events", "missing", "warm", "quarantine",
 	} {
 		_, open := sc.ask("", "GET", "/api/v1/"+path)
 		_, all := sc.ask("admin", "GET", "/api/v1/"+path)
 		if strings.Contains(open, secret.Digest.String()) || strings.Contains(open, "secret.example.com/evil") || strings.Contains(open, "secret.example.com/big") || strings.Contains(open, "secret.example.com/db:7") {
 			t.Errorf("%s tells everybody: %s", path, open)
 		}
-		if path != "quarantine" && !strings.Contains(all, "secret.example.com") {
+		if path != "quarantine" && path != "warm" && !strings.Contains(all, "secret.example.com") {
 			t.Errorf("%s doesn't tell who may know: %s", path, all)
 		}
 		if strings.Contains(open, "192.0.2.1") {
@@ -349,6 +353,9 @@ func TestListingsLeaveOutWhatIsNotForTheClient(t *testing.T) {
 		if strings.Contains(all, "hashed") {
 			t.Errorf("%s has hash states, which are of no use: %s", path, all)
 		}
+	}
+	if _, text := sc.ask("", "GET", "/api/v1/missing"); strings.Contains(text, "secret") || strings.Contains(text, "example.com/base") || !strings.Contains(text, "example.com/none/more") {
+		t.Errorf("missing is %s", text)
 	}
 	if _, text := sc.ask("", "GET", "/api/v1/events"); strings.Contains(text, "reloaded") {
 		t.Errorf("events about the server are for everybody: %s", text)

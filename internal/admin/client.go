@@ -18,6 +18,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/web"
 )
@@ -270,6 +271,17 @@ func (c *Client) ByImageID(digits string) (records []cache.Record, err error) {
 func (c *Client) Refusals() (refusals []cache.Refused, err error) {
 	err = c.get("refusals", &refusals)
 	return refusals, err
+}
+
+// Missing is [Store.Missing] of the server.
+func (c *Client) Missing() (entries []missing.Missed, err error) {
+	err = c.get("missing", &entries)
+	return entries, err
+}
+
+// ForgetMissing is [Store.ForgetMissing] of the server.
+func (c *Client) ForgetMissing() error {
+	return c.do(context.Background(), http.MethodDelete, "missing", nil)
 }
 
 // Usage is [Store.Usage] of the server.

@@ -22,6 +22,7 @@ import (
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
@@ -121,9 +122,15 @@ func newScene(t *testing.T, rules []access.Rule, methods access.Method) *scene {
 		{Ref: cachetest.MustRef("example.com/big:1"), Phase: fetch.PhaseReceiving, Began: start, Client: "192.0.2.1", Received: 5, Size: 10, Source: "https://example.com/big.aci"},
 		{Ref: cachetest.MustRef("secret.example.com/big:1"), Phase: fetch.PhaseAsking, Began: start},
 	}
+	asked := missing.New()
+	for _, name := range []string{"example.com/none", "secret.example.com/none"} {
+		asked.Note(cachetest.MustRef(name), &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start)
+		asked.NoteName(name+"/more", &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start)
+	}
+	asked.Note(cachetest.MustRef("example.com/base:1"), &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start) // it has come since
 	sc.s = New(Options{
 		Warm:  sc.warm(keyring),
-		Store: Judged{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Did: sc.done},
+		Store: Judged{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Did: sc.done, Missed: asked, Knows: func(string) bool { return false }},
 		Guard: access.New(access.Config{Tokens: tokens, Rules: rules}), Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") }),
 		Flights: func() []fetch.FlightState {
 			sc.mu.Lock()

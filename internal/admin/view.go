@@ -13,6 +13,7 @@ import (
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/web"
 )
@@ -270,6 +271,26 @@ func (v View) Refusals() ([]cache.Refused, error) {
 		}
 	}
 	return out, err
+}
+
+// Missing returns what nodes asked for and could not get because it isn't held.
+func (v View) Missing() ([]missing.Missed, error) {
+	entries, err := v.s.o.Store.Missing()
+	out := []missing.Missed{}
+	for _, e := range entries {
+		if v.reads(e.Ref.Name()) {
+			out = append(out, e)
+		}
+	}
+	return out, err
+}
+
+// ForgetMissing forgets all that.
+func (v View) ForgetMissing() error {
+	if err := v.administer("forget what is missing"); err != nil {
+		return err
+	}
+	return v.s.o.Store.ForgetMissing()
 }
 
 // Usage returns the space that the store takes.
