@@ -164,6 +164,7 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	if err := n.parts.openWarm(filepath.Join(cfg.DataDir, "jobs"), warmLists(cfg)); err != nil {
 		return err
 	}
+	// Ends as the others do.
 	n.work.Go(func() { n.parts.warm.Run(ctx) })
 	for _, l := range cfg.Listen {
 		if err := n.listen(ctx, l, log); err != nil {
