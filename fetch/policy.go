@@ -39,6 +39,8 @@ type Policy struct {
 	OnChange OnChange
 	OnFull   OnFull
 	Offline  bool // dial nobody
+	// Local says that the images are published here: they come by [Fetcher.Publish], and nobody is asked for them.
+	Local bool
 }
 
 // policy returns the policy with the longest prefix that covers the name.
@@ -49,7 +51,7 @@ func (f *Fetcher) policy(name string) Policy {
 			best = p
 		}
 	}
-	best.Offline = best.Offline || f.cfg.Offline
+	best.Offline = best.Offline || best.Local || f.cfg.Offline
 	return best
 }
 

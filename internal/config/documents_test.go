@@ -78,6 +78,10 @@ func samplePublishers() []Publisher {
 			Expired:         ExpiredAcceptIfSignedBefore,
 			Legacy:          &legacy,
 		},
+		{
+			Prefix:    "example.com/ours",
+			Publisher: PublisherLocal,
+		},
 	}
 }
 
