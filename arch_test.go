@@ -47,9 +47,10 @@ var layers = map[string][]string{
 	"internal/bundle": {".", "internal/durable"},
 
 	// What stands on them.
+	"internal/acpush":      {".", "internal/problem"},
 	"internal/credentials": {".", "internal/reread"},
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
-	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem"},
+	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/acpush", "internal/memo", "internal/problem"},
 	"internal/journal":     {"fetch"},
 	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/missing", "internal/problem", "internal/warm", "internal/web"},
 	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
@@ -59,7 +60,7 @@ var layers = map[string][]string{
 
 	// The demo plays publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/missing", "internal/warm",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/acpush", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/page", "internal/reread", "internal/server", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/missing", "internal/warm",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 

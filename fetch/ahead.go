@@ -38,7 +38,7 @@ func (f *Fetcher) Estimate(ctx context.Context, ref acproxy.Ref) (Estimate, erro
 	case err != nil && !errors.Is(err, acproxy.ErrNotFound):
 		return Estimate{}, err
 	case policy.Offline:
-		return Estimate{}, offline(ref)
+		return Estimate{}, absent(ref, policy)
 	}
 	var trace acproxy.Trace
 	e, err := f.estimate(ctx, ref, policy, &trace)
@@ -46,11 +46,6 @@ func (f *Fetcher) Estimate(ctx context.Context, ref acproxy.Ref) (Estimate, erro
 		return Estimate{}, traced(err, trace)
 	}
 	return e, nil
-}
-
-// offline is the error for a ref that nobody may be asked for.
-func offline(ref acproxy.Ref) error {
-	return &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: ref.String() + " is not held here, and this proxy is offline"}
 }
 
 // estimate asks the publisher's endpoints in order.
@@ -125,6 +120,8 @@ func (f *Fetcher) Versions(ctx context.Context, name string) ([]string, error) {
 	}
 	policy := f.policy(name)
 	switch {
+	case policy.Local:
+		return nil, &acproxy.Error{Kind: acproxy.ErrInvalid, Code: codeNoListing, Detail: "the images of " + name + " are published here, and so all held: nothing is to be fetched"}
 	case policy.Offline:
 		return nil, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "the publisher of " + name + " can't be asked for its versions: this proxy is offline"}
 	case policy.Listing == "":

@@ -16,6 +16,8 @@ type Discovery struct {
 	Status    Status
 	Templates []discovery.Template // the publisher's, in its order
 	Trace     acproxy.Trace
+	Local     bool   // images of the name are published here
+	Prefix    string // with Local: that of all names that are
 }
 
 // Discover returns the templates that a name's publisher gives for it. What was learned before is answered at once, and refreshed behind when it
@@ -35,7 +37,11 @@ func (f *Fetcher) discovered(ctx context.Context, name string) (Discovery, error
 	if err := f.allowed(name); err != nil {
 		return Discovery{}, err
 	}
-	offline := f.policy(name).Offline
+	policy := f.policy(name)
+	if policy.Local {
+		return Discovery{Status: Hit, Templates: localTemplates(policy.Prefix), Local: true, Prefix: policy.Prefix}, nil
+	}
+	offline := policy.Offline
 	known, ok := f.cfg.Store.Known(name)
 	switch {
 	case ok && (offline || f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, name, known.When)):

@@ -98,6 +98,8 @@ type Fetcher struct {
 	// can't.
 	barred sync.Map
 	queue  *queue
+	// publishing has publications of the same name wait for one another.
+	publishing turns
 
 	mu        sync.Mutex
 	closed    bool
@@ -443,7 +445,7 @@ func (f *Fetcher) find(ctx context.Context, req Request) (answer, error) {
 	case !errors.Is(err, acproxy.ErrNotFound):
 		return answer{}, err
 	case policy.Offline:
-		return f.fallback(req.Ref, offline(req.Ref))
+		return f.fallback(req.Ref, absent(req.Ref, policy))
 	}
 	a, err := f.ask(ctx, req)
 	if outage(err) {
@@ -596,12 +598,19 @@ func (f *Fetcher) fallback(ref acproxy.Ref, cause error) (answer, error) {
 			fits = append(fits, rec)
 		}
 	}
+	local := f.policy(ref.Name()).Local
+	if len(fits) > 1 && local {
+		cause = ambiguous(ref, len(fits))
+	}
 	if len(fits) != 1 {
 		return answer{}, cause
 	}
-	rec := fits[0]
+	rec, status := fits[0], Stale
+	if local {
+		status = Hit
+	}
 	f.cfg.Store.Touch(rec.Digest)
-	return answer{status: Stale, record: rec, resolved: cache.Resolution{Ref: ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}}, nil
+	return answer{status: status, record: rec, resolved: cache.Resolution{Ref: ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}}, nil
 }
 
 // outage reports whether an error says nothing about the image, only about reaching its publisher.

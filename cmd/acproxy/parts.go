@@ -57,7 +57,7 @@ func newWeb(cfg *config.Config, via string, shown *credentials.Set) (*web.Client
 	}
 	for _, p := range cfg.Publishers {
 		full := cfg.Inherit(p)
-		rule := web.Rule{Prefix: p.Prefix, HTTP: p.HTTP, Timeout: time.Duration(*full.Timeout), Allow: full.AllowAddresses}
+		rule := web.Rule{Prefix: p.Prefix, HTTP: p.HTTP, Timeout: time.Duration(*full.Timeout), Allow: full.AllowAddresses, Nobody: full.Publisher == config.PublisherLocal}
 		if p.CAFile != "" {
 			pool, err := rootsWith(p.CAFile)
 			if err != nil {
@@ -168,7 +168,7 @@ func policies(cfg *config.Config) []fetch.Policy {
 		p = cfg.Inherit(p)
 		out := fetch.Policy{
 			Prefix: p.Prefix, TTL: time.Duration(*p.TTL), MaxStale: time.Duration(*p.MaxStale), Offline: *p.Offline, Listing: p.Listing,
-			Trust: trustPolicy(p),
+			Trust: trustPolicy(p), Local: p.Publisher == config.PublisherLocal,
 		}
 		if p.Delivery == config.DeliveryVerifyFirst {
 			out.Delivery = fetch.VerifyFirst

@@ -136,6 +136,7 @@ func start(cfg *config.Config, load func() (*config.Config, error), log *slog.Lo
 
 func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.Access)) error {
 	n.server = server.New(n.serverConfig(cfg, log, access))
+	n.parts.metrics.Uploads(n.server.Uploads)
 	ctx, cancel := context.WithCancel(context.Background())
 	n.stopWork = cancel
 	warnOfKeys(n.parts.keys.Current(), log)
@@ -186,7 +187,8 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 		Config:     func() ([]byte, error) { return n.reloader.current().YAML() },
 		ReloadKeys: func() { p.keys.Reload() },
 		Reload:     n.reloader.reload,
-		Page:       func(s *admin.Server) http.Handler { return page.New(s, log) },
+		Push:       n.server.PushHandler(), PushPath: server.PushPath,
+		Page: func(s *admin.Server) http.Handler { return page.New(s, log) },
 	})
 	if err := n.admin.Listen(cfg.Admin.Socket); errors.Is(err, syscall.EROFS) {
 		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
@@ -330,6 +332,10 @@ func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func
 			Rate: cfg.Clients.Rate, Burst: cfg.Clients.Burst,
 			MaxConnections: cfg.Clients.MaxConnections, MaxConnectionsPerClient: cfg.Clients.MaxConnectionsPerClient,
 		},
+		Push: server.Push{
+			MaxUploads: cfg.Push.MaxUploads, Timeout: time.Duration(cfg.Push.Timeout), MaxManifest: int64(cfg.Fetch.Limits.MaxManifest), MaxSignature: int64(cfg.Fetch.MaxSignatureSize),
+		},
+		Pushed:  n.parts.metrics.Pushed,
 		AllKeys: cfg.Trust.Publish == config.PublishAll, ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
 	}
 	if cfg.PublicURL != "" {

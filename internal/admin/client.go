@@ -45,6 +45,9 @@ func Dial(path string) (*Client, error) {
 // patient returns a client that waits for as long as it takes.
 func (c *Client) patient() *Client { return &Client{&http.Client{Transport: c.http.Transport}} }
 
+// HTTP returns a client that connects to the server's socket, whatever host it is asked for, and waits for as long as it takes.
+func (c *Client) HTTP() *http.Client { return c.patient().http }
+
 // send asks for something. The caller closes the body of the answer, which is one of 2xx.
 func (c *Client) send(ctx context.Context, method, path string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://acproxy"+api+path, nil)

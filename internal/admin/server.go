@@ -55,6 +55,10 @@ type Options struct {
 	Started time.Time
 	Offline bool // the server dials nobody
 
+	// Push answers clients that publish images, at the socket alone, below PushPath. nil means that there is nobody who does.
+	Push     http.Handler
+	PushPath string
+
 	// Page makes what answers for everything that isn't the API: the page for operators. nil means that there is none.
 	Page func(*Server) http.Handler
 
@@ -117,6 +121,9 @@ func (s *Server) Listen(path string) error {
 	all.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	all.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	all.HandleFunc("GET /debug/pprof/", pprof.Index)
+	if s.o.Push != nil {
+		all.Handle(s.o.PushPath, s.o.Push)
+	}
 	all.Handle("/", s.router)
 	s.socket = &http.Server{Handler: asCaller(caller{socket: true}, all), ReadHeaderTimeout: 5 * time.Second}
 	// Ends when Close closes the server, which waits for it.

@@ -47,6 +47,8 @@ func (c *Config) check(r *report) {
 		}
 	}
 	c.checkPublishers(r)
+	positive(r, "push.max_uploads", c.Push.MaxUploads, Default().Push.MaxUploads)
+	positive(r, "push.timeout", c.Push.Timeout, Default().Push.Timeout)
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)
 	notNegative(r, "log.access_flush", c.Log.AccessFlush)
@@ -525,9 +527,28 @@ func (c *Config) checkPublishers(r *report) {
 		} else {
 			seen[p.Prefix] = i
 		}
+		p.checkLocal(r, path)
 		p.checkSource(r, path)
 		p.checkReach(r, path)
 		p.checkPolicy(r, path, c)
+	}
+}
+
+// checkLocal checks that nothing is said of how to reach a publisher that is this acproxy.
+func (p *Publisher) checkLocal(r *report, path string) {
+	if p.Publisher != PublisherLocal {
+		return
+	}
+	for _, k := range []struct {
+		key   string
+		given bool
+	}{
+		{"templates", len(p.Templates) > 0}, {"discovery_host", p.DiscoveryHost != ""}, {"simple_discovery", p.SimpleDiscovery}, {"http", p.HTTP},
+		{"ca_file", p.CAFile != ""}, {"proxy", p.Proxy != ""},
+	} {
+		if k.given {
+			r.key(path+"."+k.key, "with publisher: local nobody is asked for these images: remove this, or write publisher: web")
+		}
 	}
 }
 

@@ -68,6 +68,12 @@ const (
 	OnFullStream = "stream"
 )
 
+// Values of [Publisher.Publisher].
+const (
+	PublisherWeb   = "web"
+	PublisherLocal = "local"
+)
+
 // Values of [Log.Format].
 const (
 	LogText = "text"
@@ -129,6 +135,9 @@ type Config struct {
 
 	// When an image that is held here is asked for again at its publisher. An image asked for with a version never is.
 	Freshness Freshness `yaml:"freshness"`
+
+	// How images are received that are published here, under prefixes with publisher: local.
+	Push Push `yaml:"push"`
 
 	// How much is kept, and what goes when there is too little space.
 	Cache Cache `yaml:"cache"`
@@ -209,6 +218,9 @@ type AccessRule struct {
 	// Who may keep them from being evicted, and let them be again, by the API. Whoever may use admin.socket may do everything.
 	Pin []string `yaml:"pin"`
 
+	// Who may publish images here, under prefixes with publisher: local. Without a rule nobody may but by admin.socket.
+	Push []string `yaml:"push"`
+
 	// Who may remove them, by the API.
 	Delete []string `yaml:"delete"`
 
@@ -218,7 +230,7 @@ type AccessRule struct {
 
 // Rights returns the lists of names by the keys that they stand under.
 func (r AccessRule) Rights() map[string][]string {
-	return map[string][]string{"read": r.Read, "warm": r.Warm, "pin": r.Pin, "delete": r.Delete, "admin": r.Admin}
+	return map[string][]string{"read": r.Read, "warm": r.Warm, "pin": r.Pin, "push": r.Push, "delete": r.Delete, "admin": r.Admin}
 }
 
 // Admin is how operators, and acproxy's own commands, look into a running server.
@@ -525,6 +537,17 @@ type Freshness struct {
 	MaxAge Duration `yaml:"max_age"`
 }
 
+// Push is how images are received that are published here. What an image may be like, fetch says: max_image_size, max_signature_size and limits hold for
+// uploads too.
+type Push struct {
+	// Uploads that may be in progress at once. Further ones are answered with 503.
+	MaxUploads int `yaml:"max_uploads"`
+
+	// How long an upload may take, from its start until all of it is here. What has come of it is dropped then. A client that sends nothing for as long as
+	// clients.stall_timeout is not waited for.
+	Timeout Duration `yaml:"timeout"`
+}
+
 // Cache is how much is kept.
 type Cache struct {
 	// How much space the store may take: images, what is arriving, signatures, index and all. It is never exceeded: space is reserved
@@ -637,6 +660,10 @@ type Audit struct {
 type Publisher struct {
 	// The image names this is about, by whole segments, as in allow.
 	Prefix string `yaml:"prefix" required:"example.com/app"`
+
+	// Who publishes these images: web, whoever discovery leads to, or local, this acproxy. Images of local are pushed here (acproxy push, or any client of
+	// acpush), and nobody is ever asked for them.
+	Publisher string `yaml:"publisher" oneof:"web local"`
 
 	// URL templates to use without any discovery (of keys neither), as a publisher's ac-discovery tag would give them, tried in order. Not together with
 	// discovery_host or simple_discovery.
@@ -769,6 +796,10 @@ func Default() Config {
 			MaxDepth:    16,
 			KeepJobs:    100,
 		},
+		Push: Push{
+			MaxUploads: 16,
+			Timeout:    minutes(60),
+		},
 		Cache: Cache{
 			MinFree:      1 * GiB,
 			High:         95,
@@ -833,6 +864,7 @@ func (c *Config) Inherit(p Publisher) Publisher {
 		own       *string
 		everybody string
 	}{
+		{&p.Publisher, PublisherWeb},
 		{&p.Signature, c.Trust.Signature},
 		{&p.Expired, c.Trust.Expired},
 		{&p.Delivery, c.Fetch.Delivery},

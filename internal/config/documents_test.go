@@ -79,6 +79,10 @@ func samplePublishers() []Publisher {
 			Expired:         ExpiredAcceptIfSignedBefore,
 			Legacy:          &legacy,
 		},
+		{
+			Prefix:    "example.com/ours",
+			Publisher: PublisherLocal,
+		},
 	}
 }
 

@@ -52,12 +52,15 @@ type Config struct {
 	Tunnel      bool                                                        // let other hosts through untouched
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
 
-	Ready    func() error     // returns why not all of the work can be done; nil means that it always can
-	Patience Patience         // with clients
-	Limits   Limits           // of clients
-	Access   func(Access)     // is told of each request when it was answered; nil means nobody is told
-	Log      *slog.Logger     // nil means slog.Default
-	Now      func() time.Time // nil means time.Now
+	Ready    func() error // returns why not all of the work can be done; nil means that it always can
+	Patience Patience     // with clients
+	Limits   Limits       // of clients
+	Push     Push         // what they may upload
+	// Pushed is told of each upload when it has ended, in a word, and of the bytes of images that came, with "". nil means nobody is told.
+	Pushed func(outcome string, bytes int64)
+	Access func(Access)     // is told of each request when it was answered; nil means nobody is told
+	Log    *slog.Logger     // nil means slog.Default
+	Now    func() time.Time // nil means time.Now
 }
 
 // A Server answers nodes. It is safe for concurrent use.
@@ -78,6 +81,7 @@ type Server struct {
 
 	buffers sync.Pool // for what is encrypted
 	rates   *rates    // nil if there is no limit
+	uploads *uploads
 
 	inner *inner // serves terminated CONNECT connections; nil if none are
 
@@ -102,6 +106,7 @@ func New(cfg Config) *Server {
 	s.helds, s.brisk = memo.New[heldKey, http.Header](maxMemo), newBriskMemo()
 	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
 	s.rates = newRates(cfg.Limits, s.now)
+	s.uploads = newUploads(cfg.Fetcher, cfg.Push, cfg.Pushed)
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {
 		s.inner = newInner(s)
@@ -109,8 +114,12 @@ func New(cfg Config) *Server {
 	return s
 }
 
-// Close ends the connections that CONNECT requests were turned into, and waits for them.
+// Uploads returns how many uploads are in progress.
+func (s *Server) Uploads() int { return s.uploads.inProgress() }
+
+// Close ends the connections that CONNECT requests were turned into, and the uploads in progress, and waits for them.
 func (s *Server) Close() error {
+	s.uploads.close()
 	s.cancel()
 	s.tunnels.Wait()
 	if s.inner == nil {
@@ -139,6 +148,7 @@ func (s *Server) routes() *mux.Router {
 	handle(router.MatcherFunc(isDiscovery), get(s.discovery))
 	handle(router.MatcherFunc(under(mesosPath)), get(s.mesos))
 	handle(router.MatcherFunc(under(keysPath)), get(s.key))
+	handle(router.MatcherFunc(under(PushPath)), s.push)
 	handle(router.Path(Root+"ca.pem"), get(s.caCertificate))
 	handle(router.Path(Root+"healthz"), get(s.health))
 	handle(router.Path(Root+"readyz"), get(s.ready))

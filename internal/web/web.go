@@ -48,6 +48,8 @@ type Rule struct {
 	Proxy *url.URL
 	// Allow lists addresses that may be dialled besides public ones.
 	Allow []netip.Prefix
+	// Nobody makes every request fail with acproxy.ErrOffline before any look-up or connection: there is nobody to ask.
+	Nobody bool
 }
 
 // Config says how a Client behaves. Its fields may not change after New.
@@ -328,6 +330,9 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 	cfg := &a.route.client.cfg
 	if cfg.Offline {
 		return nil, a.refuse(rawURL, acproxy.ErrOffline, "offline", "this side is set to be offline and asks no publisher for "+Redacted(rawURL))
+	}
+	if a.route.rule.Nobody {
+		return nil, a.refuse(rawURL, acproxy.ErrOffline, "published-here", "the images under "+a.route.rule.Prefix+" are published here, so nobody is asked for "+Redacted(rawURL))
 	}
 	a.left, a.queue, a.since = a.route.rule.Timeout, a.route.rule.Timeout, time.Now()
 	a.slow = time.AfterFunc(a.left, func() { a.cancel(errSlow) })
