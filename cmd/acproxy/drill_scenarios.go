@@ -83,13 +83,13 @@ func (a *act) open(ctx context.Context, change func(*config.Config)) error {
 	if err := a.serve(ctx, nil); err != nil {
 		return err
 	}
-	return a.hold(ctx, heldImage, expect{})
+	return a.hold(ctx, heldImage)
 }
 
 // hold has an image fetched, so that it is held.
-func (a *act) hold(ctx context.Context, name string, want expect) error {
-	want.status, want.sum = http.StatusOK, a.sum(name)
-	a.get(ctx, name, name+", to be held from now on", want)
+func (a *act) hold(ctx context.Context, name string) error {
+
+	a.get(ctx, name, name+", to be held from now on", expect{status: http.StatusOK, sum: a.sum(name)})
 	return a.happens(ctx)
 }
 
@@ -308,7 +308,7 @@ func (a *act) onSmallDisk(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.hold(ctx, heldImage, expect{})
+	return a.hold(ctx, heldImage)
 }
 
 // fill has others fill the small file system, and returns the file with which they do.
@@ -349,7 +349,7 @@ func (a *act) fullByLimit(ctx context.Context, why error) error {
 	if err := a.serve(ctx, nil); err != nil {
 		return err
 	}
-	if err := a.hold(ctx, heldImage, expect{}); err != nil {
+	if err := a.hold(ctx, heldImage); err != nil {
 		return err
 	}
 	if err := a.restart(ctx, func(cfg *config.Config) { cfg.Cache.MinFree = 1 << 50 }); err != nil {
@@ -421,7 +421,7 @@ func expiredKey(ctx context.Context, a *act) error {
 	if err := a.serve(ctx, nil); err != nil {
 		return err
 	}
-	if err := a.hold(ctx, "signed", expect{}); err != nil {
+	if err := a.hold(ctx, "signed"); err != nil {
 		return err
 	}
 	if err := sleep(ctx, time.Until(ends)+time.Second); err != nil {
