@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -401,25 +400,27 @@ func writeRandom(file string, n int64) error {
 const keyLasts = 3 * time.Second
 
 func expiredKey(ctx context.Context, a *act) error {
-	ends := time.Now().Add(keyLasts)
-	key, err := trusttest.NewKey(trusttest.Options{Name: "Short-lived Publisher", Email: "images@" + sceneHost, Expires: ends})
-	if err != nil {
-		return err
-	}
-	for _, im := range []image{{name: "signed", spec: acitest.Spec{RootfsSize: 64 << 10, Seed: 3}}, {name: "signed-too", spec: acitest.Spec{RootfsSize: 64 << 10, Seed: 4}}} {
-		im.signer = key
-		if err := a.publishOne(im); err != nil {
-			return err
-		}
-	}
 	if err := a.configure(nil); err != nil {
 		return err
 	}
-	if err := a.trust(key); err != nil {
+	ends, err := a.shortLived()
+	if err != nil {
 		return err
 	}
 	if err := a.serve(ctx, nil); err != nil {
 		return err
+	}
+	if time.Until(ends) < time.Second {
+		// On a machine that is this busy nothing can be fetched in the time that is left.
+		if err := a.stop(); err != nil {
+			return err
+		}
+		if ends, err = a.shortLived(); err != nil {
+			return err
+		}
+		if err := a.serve(ctx, nil); err != nil {
+			return err
+		}
 	}
 	if err := a.hold(ctx, "signed"); err != nil {
 		return err
@@ -473,6 +474,26 @@ func (a *act) judgedAgain(ctx context.Context) error {
 	return nil
 }
 
+// shortLived publishes images that are signed by a key with little time left, trusts that key, and returns when it comes to its end.
+func (a *act) shortLived() (ends time.Time, err error) {
+	a.lasts *= 4
+	if a.lasts == 0 {
+		a.lasts = keyLasts
+	}
+	ends = time.Now().Add(a.lasts)
+	key, err := trusttest.NewKey(trusttest.Options{Name: "Short-lived Publisher", Email: "images@" + sceneHost, Expires: ends})
+	if err != nil {
+		return ends, err
+	}
+	for _, im := range []image{{name: "signed", spec: acitest.Spec{RootfsSize: 64 << 10, Seed: 3}}, {name: "signed-too", spec: acitest.Spec{RootfsSize: 64 << 10, Seed: 4}}} {
+		im.signer = key
+		if err := a.publishOne(im); err != nil {
+			return ends, err
+		}
+	}
+	return ends, a.trust(key)
+}
+
 // withPolicy shows what an operator can do who has made sure that the image is good, until the publisher's new key is there.
 func (a *act) withPolicy(ctx context.Context) error {
 	if err := a.restart(ctx, func(cfg *config.Config) { cfg.Trust.Expired = config.ExpiredAcceptIfSignedBefore }); err != nil {
@@ -483,9 +504,9 @@ func (a *act) withPolicy(ctx context.Context) error {
 	return nil
 }
 
-// settle waits for a metric to have a value.
+// settle waits for a metric to have a value, for ten seconds.
 func (a *act) settle(ctx context.Context, metric, value string) error {
-	for range 100 {
+	for range 500 {
 		now, err := a.metrics(ctx)
 		if err != nil || now[metric] == value {
 			return err
@@ -494,5 +515,6 @@ func (a *act) settle(ctx context.Context, metric, value string) error {
 			return err
 		}
 	}
-	return fmt.Errorf("%s isn't %s after two seconds", metric, value)
+	a.promise(false, "%s is %s", metric, value)
+	return nil
 }
