@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -67,6 +69,10 @@ func (d *drill) run(ctx context.Context, stderr io.Writer) (err error) {
 	// The servers end with the thread that has started them, so that not even a kill of the drill leaves one behind.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	// Who has read enough of it, as head has, would otherwise end it on the spot, with all that it leaves behind.
+	closed := make(chan os.Signal, 1)
+	signal.Notify(closed, syscall.SIGPIPE)
+	defer signal.Stop(closed)
 	dir, err := os.MkdirTemp("", "acproxy-drill-")
 	if err != nil {
 		return err
@@ -91,6 +97,9 @@ func (d *drill) run(ctx context.Context, stderr io.Writer) (err error) {
 	for _, s := range scenarios() {
 		if len(d.only) > 0 && !slices.Contains(d.only, s.name) {
 			continue
+		}
+		if d.out.err != nil {
+			break
 		}
 		r, err := d.play(ctx, s)
 		if ctx.Err() != nil {
