@@ -42,24 +42,27 @@ var layers = map[string][]string{
 	"internal/audit":   {},
 	"internal/problem": {"."},
 	"internal/history": {"internal/durable"},
+	"internal/missing": {".", "internal/durable"},
 	"internal/localca": {".", "internal/durable"},
 	"internal/config":  {".", "internal/listen"},
 
 	"internal/bundle": {".", "internal/durable"},
 
 	// What stands on them.
+	"internal/acpush":      {".", "internal/problem"},
 	"internal/credentials": {".", "internal/reread"},
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
-	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/memo", "internal/problem", "internal/tracing"},
+	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/acpush", "internal/memo", "internal/problem", "internal/tracing"},
 	"internal/journal":     {"fetch"},
-	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/listen", "internal/problem", "internal/web"},
+	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/listen", "internal/missing", "internal/problem", "internal/warm", "internal/web"},
 	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
+	"internal/warm":        {".", "cache", "fetch", "internal/durable"},
 	"internal/page":        {".", "cache", "fetch", "internal/access", "internal/admin", "internal/history", "internal/journal", "internal/problem", "internal/web"},
 	"internal/metrics":     {"internal/server", "internal/history", ".", "cache", "trust", "fetch", "internal/web"},
 
-	// The demo plays publisher and node.
+	// Demo and drill play publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/tracing", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/acpush", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/tracing", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/missing", "internal/warm",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
@@ -84,7 +87,8 @@ var reserved = map[string][]string{
 	"github.com/gorilla/mux":           {"internal/server", "internal/admin"},
 	"github.com/danielgtaylor/huma":    {"internal/admin"},
 	"github.com/patrickmn/go-cache":    {"discovery", "fetch"},
-	"github.com/goccy/go-yaml":         {"internal/config"},
+	"github.com/goccy/go-yaml":         {"internal/config", "internal/warm"},
+	"github.com/robfig/cron":           {"internal/config", "internal/warm"},
 	"github.com/spf13/cobra":           {"cmd/acproxy"},
 	"golang.org/x/net/html":            {"discovery"},
 	"github.com/ulikunitz/xz":          {"internal/aci"},
@@ -196,7 +200,8 @@ func TestTestPackagesStayInTests(t *testing.T) {
 			}
 		}
 	}
-	// In cmd/acproxy it is the demo's files only.
+	// In cmd/acproxy it is the files of demo and drill only.
+	playing := []string{"demo.go", "show.go", "scene.go", "drill.go", "drill_server.go", "drill_scenarios.go"}
 	for _, p := range all {
 		if p.path() != "cmd/acproxy" {
 			continue
@@ -206,8 +211,8 @@ func TestTestPackagesStayInTests(t *testing.T) {
 			for _, spec := range f.Imports {
 				imported := strings.Trim(spec.Path.Value, `"`)
 				i := slices.IndexFunc(all, func(q pkg) bool { return q.ImportPath == imported })
-				if i >= 0 && all[i].forTests() && !slices.Contains([]string{"demo.go", "show.go"}, file) {
-					t.Errorf("cmd/acproxy/%s imports %s, which is for tests: only the demo may", file, relative(imported))
+				if i >= 0 && all[i].forTests() && !slices.Contains(playing, file) {
+					t.Errorf("cmd/acproxy/%s imports %s, which is for tests: only demo and drill may", file, relative(imported))
 				}
 			}
 		}

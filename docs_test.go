@@ -105,6 +105,68 @@ func anchors(text string) []string {
 	return out
 }
 
+// TestAlertsLeadToTheRunbook wants every alert to have the address of a section of docs/operations.md.
+func TestAlertsLeadToTheRunbook(t *testing.T) {
+	alerts, err := os.ReadFile("deploy/prometheus/alerts.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sections := anchors(documents(t)["docs/operations.md"])
+	_, rules, _ := strings.Cut(string(alerts), "rules:")
+	all := strings.Split(rules, "- alert: ")[1:]
+	if len(all) < 7 {
+		t.Fatalf("only %d alerts were found", len(all))
+	}
+	for _, alert := range all {
+		name, _, _ := strings.Cut(alert, "\n")
+		m := regexp.MustCompile(`runbook_url: 'https://` + module + `/blob/main/docs/operations\.md#([^']+)'`).FindStringSubmatch(alert)
+		if m == nil {
+			t.Errorf("the alert %s has no runbook_url that leads to docs/operations.md", name)
+		} else if !slices.Contains(sections, m[1]) {
+			t.Errorf("the alert %s leads to %s, and docs/operations.md has no such heading", name, m[1])
+		}
+	}
+}
+
+// TestEventsAndMetricsAreWithinReach wants docs/operations.md to lead to where every metric and every event is, and every event to be there. That every
+// metric is in docs/metrics.md is a test of package metrics.
+func TestEventsAndMetricsAreWithinReach(t *testing.T) {
+	docs := documents(t)
+	for _, target := range []string{"](metrics.md)", "](admin.md#events)", "](http.md#errors)"} {
+		if !strings.Contains(docs["docs/operations.md"], target) {
+			t.Errorf("docs/operations.md has no link%s", target)
+		}
+	}
+	_, table, _ := strings.Cut(docs["docs/admin.md"], "\n## Events\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	count := 0
+	for _, p := range packages(t) {
+		if p.path() != "fetch" && p.path() != "internal/journal" {
+			continue
+		}
+		for _, f := range parsed(t, p, p.GoFiles) {
+			ast.Inspect(f.File, func(n ast.Node) bool {
+				spec, ok := n.(*ast.ValueSpec)
+				if !ok || len(spec.Values) != 1 || !strings.HasPrefix(spec.Names[0].Name, "Event") {
+					return true
+				}
+				lit, ok := spec.Values[0].(*ast.BasicLit)
+				if !ok {
+					return true
+				}
+				count++
+				if word, _ := strconv.Unquote(lit.Value); !strings.Contains(table, "`"+word+"`") {
+					t.Errorf("docs/admin.md says nothing of the event %s (%v)", word, f.at(lit))
+				}
+				return true
+			})
+		}
+	}
+	if count < 17 {
+		t.Errorf("only %d events were found in the source", count)
+	}
+}
+
 // TestEveryDocumentIsLinked wants a way from README to every document.
 func TestEveryDocumentIsLinked(t *testing.T) {
 	docs := documents(t)

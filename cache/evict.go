@@ -208,7 +208,7 @@ func (d *Disk) roomFor(p *promise) error {
 		if err != nil {
 			return err
 		}
-		if limit == limitFree && freed.Bytes >= missing {
+		if limit == codeFree && freed.Bytes >= missing {
 			// Some file systems say late that something was freed. What was missing is there now.
 			return nil
 		}
@@ -221,7 +221,7 @@ func (d *Disk) noRoom(p *promise, room int64, limit string, plan *planner) error
 	defer d.space.mu.Unlock()
 	s := d.space
 	by := fmt.Sprintf("cache.max_size (%s)", size(s.quota.MaxSize))
-	if limit == limitFree {
+	if limit == codeFree {
 		by = fmt.Sprintf("cache.min_free (%s)", size(s.quota.MinFree))
 	}
 	images := s.totals.Blobs + s.totals.Sidecars

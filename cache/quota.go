@@ -225,13 +225,13 @@ func (s *space) unwritten() int64 {
 func (s *space) room() (n int64, limit string) {
 	n = math.MaxInt64
 	if s.quota.MaxSize > 0 {
-		n, limit = s.quota.MaxSize-s.taken(), limitQuota
+		n, limit = s.quota.MaxSize-s.taken(), codeQuota
 	}
 	if s.quota.MinFree > 0 {
 		// What can't be asked says nothing against writing; the write will.
 		if free, err := s.free(); err == nil {
 			if left := free - s.quota.MinFree - s.unwritten(); left < n {
-				n, limit = left, limitFree
+				n, limit = left, codeFree
 			}
 		}
 	}
@@ -266,9 +266,9 @@ func (s *space) usage() Usage {
 
 // The codes of errors that say that there is no space.
 const (
-	limitQuota = "quota"
-	limitFree  = "min-free"
-	limitDisk  = "disk-full"
+	codeQuota = "quota"
+	codeFree  = "min-free"
+	limitDisk = "disk-full"
 )
 
 // above returns by how much what is taken is above a watermark, given in per cent of what may be taken. The caller holds mu.
@@ -388,7 +388,7 @@ func (s *space) next() *promise {
 			s.grant(p)
 		case s.quota.MaxSize > 0 && p.n+s.fixed() > s.quota.MaxSize:
 			s.refuse(p, &acproxy.Error{
-				Kind: acproxy.ErrNoSpace, Code: limitQuota,
+				Kind: acproxy.ErrNoSpace, Code: codeQuota,
 				Detail: fmt.Sprintf("%s needs %s, which is more than cache.max_size (%s) leaves for images, were there no others: raise it", p.what, size(p.n), size(s.quota.MaxSize)),
 			})
 		default:

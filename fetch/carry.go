@@ -33,6 +33,13 @@ type Carried struct {
 	Pin bool
 	// AllowOlder lets refs without a version answer it even if what they answer now was signed later.
 	AllowOlder bool
+	// Client is who brought it, "" for nobody in particular.
+	Client string
+	// published says that its publisher brought it: name and labels are all that the manifest has, and of two images that were signed in the same second the
+	// one that comes later is the newer one.
+	published bool
+	// arrived are its bytes, if they are here already. Whoever takes it in ends them, if it uses them.
+	arrived *cache.Partial
 }
 
 // A Taken is what became of a carried image.
@@ -153,6 +160,9 @@ func (f *Fetcher) movable(ctx context.Context, c Carried, e examined) (moved, ke
 // newer reports whether a carried image is newer than a held one.
 func newer(c Carried, signed time.Time, held cache.Record) bool {
 	before := lastSigned(held.Signers)
+	if c.published && signed.Equal(before) {
+		return true
+	}
 	if signed.IsZero() && before.IsZero() {
 		return c.Modified.After(held.Modified)
 	}
@@ -192,6 +202,9 @@ func (f *Fetcher) unchanged(ctx context.Context, ref acproxy.Ref, held cache.Rec
 		return nil
 	}
 	err = changedVersion(ref, before, c.Source, held.ImageID)
+	if c.published {
+		err = republished(ref, before, held.ImageID)
+	}
 	f.refuseCarried(c, ref, err)
 	return err
 }
@@ -245,7 +258,7 @@ func (f *Fetcher) claimCarried(c Carried, e examined, refs []acproxy.Ref) (d *do
 		return d, false, nil
 	}
 	d = &download{
-		f: f, key: key, name: c.Name, keyring: f.cfg.Keyring().ID(), policy: e.policy, source: c.Source, endpoints: []string{c.Source}, signature: c.Signature, size: c.Size,
+		f: f, key: key, name: c.Name, client: c.Client, keyring: f.cfg.Keyring().ID(), policy: e.policy, source: c.Source, endpoints: []string{c.Source}, signature: c.Signature, size: c.Size,
 		carried: &c, modified: f.credible(c.Modified),
 		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
 		refs: make(map[acproxy.Ref]struct{}),
@@ -273,15 +286,7 @@ func (f *Fetcher) credible(modified time.Time) time.Time {
 func (f *Fetcher) bring(ctx context.Context, d *download, open func() (io.Reader, error)) (cache.Record, error) {
 	stop := context.AfterFunc(ctx, d.cancel)
 	defer stop()
-	body, err := open()
-	var partial *cache.Partial
-	if err == nil {
-		// Without a key: what has arrived of it is of no use to a fetch.
-		partial, err = f.cfg.Store.Begin(d.ctx, cache.Arrival{Source: d.source, Size: d.size})
-	}
-	if err == nil {
-		err = d.begin(partial, io.NopCloser(body), d.size, nil)
-	}
+	err := f.beginCarried(d, open)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
@@ -296,6 +301,23 @@ func (f *Fetcher) bring(ctx context.Context, d *download, open func() (io.Reader
 		err = context.Cause(ctx)
 	}
 	return rec, err
+}
+
+// beginCarried sets the download of a carried image going.
+func (f *Fetcher) beginCarried(d *download, open func() (io.Reader, error)) error {
+	if partial := d.carried.arrived; partial != nil {
+		return d.begin(partial, nil, d.size, nil)
+	}
+	body, err := open()
+	if err != nil {
+		return err
+	}
+	// Without a key: what has arrived of it is of no use to a fetch.
+	partial, err := f.cfg.Store.Begin(d.ctx, cache.Arrival{Source: d.source, Size: d.size})
+	if err != nil {
+		return err
+	}
+	return d.begin(partial, io.NopCloser(body), d.size, nil)
 }
 
 // asSaid holds the bytes of a carried image against what was said of them, before anything is made of what is wrong with them: what was damaged on the way
@@ -324,7 +346,7 @@ func (d *download) identifiedAsSaid(found aci.Inspection) error {
 // refuseCarried records why a carried image wasn't looked at, where that is the verdict of a policy.
 func (f *Fetcher) refuseCarried(c Carried, ref acproxy.Ref, err error) {
 	if !ref.IsZero() && errors.Is(err, acproxy.ErrRefused) {
-		f.recordRefusal(ref, "", c.Source, err)
+		f.recordRefusal(ref, c.Client, c.Source, err)
 	}
 }
 

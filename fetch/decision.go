@@ -23,6 +23,7 @@ const (
 	EventRestored    = "restored"    // a quarantined image is served again
 	EventPassed      = "passed"      // an image was verified on its way to a client, and not kept: there was no room for it
 	EventEvicted     = "evicted"     // a kept image had to go, for space
+	EventPublished   = "published"   // an image was published here by somebody who may, whether it was held already or not
 	EventDamaged     = "damaged"     // a kept image's bytes are not what they were; it is fetched again if it can be
 )
 

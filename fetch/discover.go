@@ -16,18 +16,32 @@ type Discovery struct {
 	Status    Status
 	Templates []discovery.Template // the publisher's, in its order
 	Trace     acproxy.Trace
+	Local     bool   // images of the name are published here
+	Prefix    string // with Local: that of all names that are
 }
 
 // Discover returns the templates that a name's publisher gives for it. What was learned before is answered at once, and refreshed behind when it
 // is old; only a name that nothing is known of waits for its publisher.
 func (f *Fetcher) Discover(ctx context.Context, name string) (Discovery, error) {
+	d, err := f.discovered(ctx, name)
+	if ref, invalid := acproxy.NewRef(name, nil); err != nil && invalid == nil {
+		f.missed(ref, true, err)
+	}
+	return d, err
+}
+
+func (f *Fetcher) discovered(ctx context.Context, name string) (Discovery, error) {
 	if err := acproxy.CheckName(name); err != nil {
 		return Discovery{}, err
 	}
 	if err := f.allowed(name); err != nil {
 		return Discovery{}, err
 	}
-	offline := f.policy(name).Offline
+	policy := f.policy(name)
+	if policy.Local {
+		return Discovery{Status: Hit, Templates: localTemplates(policy.Prefix), Local: true, Prefix: policy.Prefix}, nil
+	}
+	offline := policy.Offline
 	known, ok := f.cfg.Store.Known(name)
 	switch {
 	case ok && (offline || f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, name, known.When)):

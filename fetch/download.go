@@ -530,6 +530,9 @@ func (d *download) checkChange(rec cache.Record, inspection *inspection) error {
 	if d.policy.OnChange == FollowChange {
 		return nil
 	}
+	if d.carried != nil && d.carried.published {
+		return republished(full, before, inspection.result.ID)
+	}
 	return changedVersion(full, before, d.source, inspection.result.ID)
 }
 
@@ -539,6 +542,15 @@ func changedVersion(ref acproxy.Ref, before cache.Record, source string, is acpr
 		Kind: acproxy.ErrRefused, Code: "changed-upstream",
 		Detail: fmt.Sprintf("%v is held as %s, but %s now is %s; a version doesn't change (set on_change: follow for its prefix to take the new image)",
 			ref, before.ImageID.Short(), source, is.Short()),
+	}
+}
+
+// republished refuses another image for a version that was published here.
+func republished(ref acproxy.Ref, before cache.Record, is acproxy.ImageID) error {
+	return &acproxy.Error{
+		Kind: acproxy.ErrRefused, Code: "changed-upstream",
+		Detail: fmt.Sprintf("%v was published as %s, and this is %s; a version doesn't change: give this image another one (or set on_change: follow for its prefix)",
+			ref, before.ImageID.Short(), is.Short()),
 	}
 }
 
@@ -640,6 +652,9 @@ func (d *download) checkManifest(m aci.Manifest) error {
 		}
 		d.doomed = first != nil
 	})
+	if first == nil && d.carried != nil {
+		return d.carried.exactly(m)
+	}
 	return first
 }
 

@@ -71,6 +71,9 @@ type Config struct {
 	// Landed is told of every fetch of an image that has ended, kept or not, and how long it took from the publisher's answer on. It must not block for long. nil
 	// means nobody is told.
 	Landed func(took time.Duration, err error)
+	// Missed is told of every image that a client asked for and that is neither held nor to be had, and why. Where only discovery was asked, ref is a name. It must
+	// not block for long. nil means nobody is told.
+	Missed func(ref acproxy.Ref, discovery bool, err error)
 
 	Log *slog.Logger     // nil means slog.Default
 	Now func() time.Time // nil means time.Now
@@ -96,6 +99,8 @@ type Fetcher struct {
 	// can't.
 	barred sync.Map
 	queue  *queue
+	// publishing has publications of the same name wait for one another.
+	publishing turns
 
 	policies atomic.Pointer[[]Policy]
 
@@ -229,6 +234,8 @@ type Request struct {
 	// Has is the ETag of the image that the client has already, "" for none. If it is that of the held image there is nothing to send: that image is
 	// returned without its file.
 	Has string
+	// Fresh has the publisher be asked whether what is held is still what a ref without a version answers, however lately it was, and waited for.
+	Fresh bool
 }
 
 // moves reports whether the ref may move on to another image between a client's two requests: only one without a version can.
@@ -405,6 +412,22 @@ func (f *Fetcher) ByImageID(ctx context.Context, digits string, may func(name st
 }
 
 func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
+	a, err := f.find(ctx, req)
+	if err != nil && req.Client != "" {
+		f.missed(req.Ref, false, err)
+	}
+	return a, err
+}
+
+// missed tells of what a client could not get because it isn't here. What is refused is another matter.
+func (f *Fetcher) missed(ref acproxy.Ref, discovery bool, err error) {
+	if f.cfg.Missed != nil && (errors.Is(err, acproxy.ErrOffline) || errors.Is(err, acproxy.ErrNotFound) || errors.Is(err, acproxy.ErrPublisher) || errors.Is(err, acproxy.ErrTimeout)) {
+		f.cfg.Missed(ref, discovery, err)
+	}
+}
+
+// find is answer, and tells nobody.
+func (f *Fetcher) find(ctx context.Context, req Request) (answer, error) {
 	if err := f.allowed(req.Ref.Name()); err != nil {
 		return answer{}, err
 	}
@@ -426,7 +449,7 @@ func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
 	case !errors.Is(err, acproxy.ErrNotFound):
 		return answer{}, err
 	case policy.Offline:
-		return f.fallback(req.Ref, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: req.Ref.String() + " is not held here, and this proxy is offline"})
+		return f.fallback(req.Ref, absent(req.Ref, policy))
 	}
 	a, err := f.ask(ctx, req)
 	if outage(err) {
@@ -526,7 +549,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 		return asHeld, nil, nil
 	}
 	age, ttl := f.now().Sub(resolved.Validated), f.jittered(policy.TTL, ref.String(), resolved.Validated)
-	if age < ttl {
+	if age < ttl && !req.Fresh {
 		return asHeld, nil, nil
 	}
 	if asHeld == Hit {
@@ -536,7 +559,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 		return asHeld, nil, nil
 	}
 	fl, joined := f.join(ctx, req, resolved.Digest)
-	if age < ttl+policy.MaxStale {
+	if age < ttl+policy.MaxStale && !req.Fresh {
 		return asHeld, nil, nil
 	}
 	switch err := fl.wait(ctx); {
@@ -579,12 +602,19 @@ func (f *Fetcher) fallback(ref acproxy.Ref, cause error) (answer, error) {
 			fits = append(fits, rec)
 		}
 	}
+	local := f.policy(ref.Name()).Local
+	if len(fits) > 1 && local {
+		cause = ambiguous(ref, len(fits))
+	}
 	if len(fits) != 1 {
 		return answer{}, cause
 	}
-	rec := fits[0]
+	rec, status := fits[0], Stale
+	if local {
+		status = Hit
+	}
 	f.cfg.Store.Touch(rec.Digest)
-	return answer{status: Stale, record: rec, resolved: cache.Resolution{Ref: ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}}, nil
+	return answer{status: status, record: rec, resolved: cache.Resolution{Ref: ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}}, nil
 }
 
 // outage reports whether an error says nothing about the image, only about reaching its publisher.

@@ -385,7 +385,7 @@ const codeNoSignature = "no-signature-found"
 
 // unsigned tells an image that its publisher hasn't signed from one that it hasn't got, without asking for a byte of it.
 func (f *Fetcher) unsigned(ctx context.Context, name, imageURL string, policy Policy, trace *acproxy.Trace, absent error) error {
-	status, attempts, err := f.cfg.Web.Head(ctx, name, "image", imageURL)
+	status, _, attempts, err := f.cfg.Web.Head(ctx, name, "image", imageURL)
 	*trace = append(*trace, attempts...)
 	if err != nil || status != http.StatusOK {
 		return absent

@@ -69,7 +69,10 @@ func (f *Fetcher) Refetch(ctx context.Context, rec cache.Record) error {
 	if err != nil {
 		return err
 	}
-	if f.cfg.Offline || f.policy(ref.Name()).Offline {
+	switch policy := f.policy(ref.Name()); {
+	case policy.Local:
+		return &acproxy.Error{Kind: acproxy.ErrOffline, Code: "published-here", Detail: ref.String() + " was published here, and can't be had from anybody else: push it again"}
+	case policy.Offline:
 		return &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: ref.String() + " can't be fetched again, because this proxy is offline"}
 	}
 	a, err := f.ask(ctx, Request{Ref: ref})

@@ -39,6 +39,10 @@ type Policy struct {
 	OnChange OnChange
 	OnFull   OnFull
 	Offline  bool // dial nobody
+	// Listing is where the publisher lists the versions of an image: a URL with {name}. "" means that nothing is known of any.
+	Listing string
+	// Local says that the images are published here: they come by [Fetcher.Publish], and nobody is asked for them.
+	Local bool
 }
 
 // policy returns the policy with the longest prefix that covers the name.
@@ -49,7 +53,7 @@ func (f *Fetcher) policy(name string) Policy {
 			best = p
 		}
 	}
-	best.Offline = best.Offline || f.cfg.Offline
+	best.Offline = best.Offline || best.Local || f.cfg.Offline
 	return best
 }
 

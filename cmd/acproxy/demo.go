@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -24,7 +23,6 @@ import (
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/test/node"
-	"github.com/acproxy/acproxy/test/publisher"
 	"github.com/acproxy/acproxy/trust"
 	"github.com/acproxy/acproxy/trust/trusttest"
 )
@@ -44,25 +42,19 @@ to try, until it is interrupted.`,
 	return cmd
 }
 
-// The demo's images lie under this name.
 const (
-	demoHost = "apps.example.com"
 	demoBig  = 110 << 20 // bytes of incompressible content
 	herdSize = 20
 )
 
-var demoLabels = map[string]string{"version": "1.0.0", "os": "linux", "arch": "amd64"}
-
-// demo is the stage: a publisher, a server and a node.
+// demo is the scene with a server and a node.
 type demo struct {
 	*show
-	dir       string
-	publisher *publisher.Publisher
-	key       *trusttest.Key
-	node      *node.Node
-	nodeCAs   *x509.CertPool // whom nodes trust: acproxy's local CA
-	server    *running
-	sums      map[string]string // of the images as published, by name
+	*scene
+	node    *node.Node
+	nodeCAs *x509.CertPool // whom nodes trust: acproxy's local CA
+	server  *running
+	sums    map[string]string // of the images as published, by name
 }
 
 func runDemo(ctx context.Context, w io.Writer, once bool) (err error) {
@@ -71,7 +63,7 @@ func runDemo(ctx context.Context, w io.Writer, once bool) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	d := &demo{show: &show{printer: newPrinter(w)}, dir: dir, sums: make(map[string]string)}
+	d := &demo{show: &show{printer: newPrinter(w)}, scene: &scene{dir: dir}, sums: make(map[string]string)}
 	defer func() { err = errors.Join(err, d.close()) }()
 
 	started := time.Now()
@@ -106,32 +98,30 @@ func (d *demo) close() error {
 	if d.server != nil {
 		errs = append(errs, d.server.stop())
 	}
-	if d.publisher != nil {
-		errs = append(errs, d.publisher.Close())
-	}
+	errs = append(errs, d.scene.close())
 	return errors.Join(errs...)
 }
 
 // setUp publishes the images, starts the server and makes the node.
 func (d *demo) setUp() error {
-	var err error
-	if d.publisher, err = publisher.Start(publisher.Options{}); err != nil {
+	if err := d.scene.start(); err != nil {
 		return err
 	}
-	if d.key, err = trusttest.NewKey(trusttest.Options{Name: "Demo Publisher", Email: "images@" + demoHost}); err != nil {
+	images, err := d.images()
+	if err != nil {
 		return err
 	}
-	if err := d.publish(); err != nil {
+	if err := d.publish(images); err != nil {
 		return err
 	}
 	cfg, err := d.configure()
 	if err != nil {
 		return err
 	}
-	if _, err := trust.Add(trustDirs(cfg), demoHost, d.key.Armored()); err != nil {
+	if _, err := trust.Add(trustDirs(cfg), sceneHost, d.key.Armored()); err != nil {
 		return err
 	}
-	ca, err := localca.Init(cfg.CA.Dir, []string{demoHost}, localca.Options{})
+	ca, err := localca.Init(cfg.CA.Dir, []string{sceneHost}, localca.Options{})
 	if err != nil {
 		return err
 	}
@@ -155,7 +145,7 @@ func (d *demo) resolve(hostport string) (string, bool) {
 	switch {
 	case err != nil:
 		return "", false
-	case host == demoHost:
+	case host == sceneHost:
 		return d.server.bound[1].Addr().String(), true
 	case hostport == d.server.bound[0].Addr().String():
 		return hostport, true
@@ -164,28 +154,13 @@ func (d *demo) resolve(hostport string) (string, bool) {
 }
 
 func (d *demo) configure() (*config.Config, error) {
-	caFile := filepath.Join(d.dir, "publisher-ca.pem")
-	if err := os.WriteFile(caFile, d.publisher.CAPEM(), 0o600); err != nil {
+	cfg, err := d.scene.configure(filepath.Join(d.dir, "data"))
+	if err != nil {
 		return nil, err
 	}
-	cfg := config.Default()
-	cfg.DataDir = filepath.Join(d.dir, "data")
-	cfg.Listen = []config.Listen{
-		{Address: "127.0.0.1:0", TLS: config.TLSNone, Proxy: true},
-		{Address: "127.0.0.1:0", TLS: config.TLSLocalCA},
-	}
+	cfg.Listen = append(cfg.Listen, config.Listen{Address: "127.0.0.1:0", TLS: config.TLSLocalCA})
 	cfg.Admin.Listen = []config.AdminListen{{Address: "127.0.0.1:0", TLS: config.TLSNone}}
-	cfg.Dial.Hosts = map[string]string{demoHost: d.publisher.Addr(), "storage." + demoHost: d.publisher.Addr()}
-	cfg.Publishers = []config.Publisher{{Prefix: demoHost, CAFile: caFile}}
-	return &cfg, fillDirs(&cfg)
-}
-
-// image is one that the demo publishes.
-type image struct {
-	name   string
-	spec   acitest.Spec
-	signer *trusttest.Key // nil leaves it unsigned
-	tamper bool
+	return cfg, nil
 }
 
 func (d *demo) images() ([]image, error) {
@@ -200,76 +175,13 @@ func (d *demo) images() ([]image, error) {
 		{name: "base", signer: d.key, spec: acitest.Spec{RootfsSize: 1 << 20, Seed: 3}},
 		{name: "web", signer: d.key, spec: acitest.Spec{
 			RootfsSize: 2 << 20, Seed: 4,
-			Dependencies: []acitest.Dependency{{Name: demoHost + "/base", Labels: demoLabels}},
+			Dependencies: []acitest.Dependency{{Name: sceneHost + "/base", Labels: sceneLabels}},
 		}},
 		{name: "small-xz", signer: d.key, spec: acitest.Spec{Compression: acitest.XZ, RootfsSize: 256 << 10, Seed: 5}},
 		{name: "tampered", signer: d.key, tamper: true, spec: acitest.Spec{RootfsSize: 3 << 20, Seed: 6}},
 		{name: "stranger", signer: stranger, spec: acitest.Spec{RootfsSize: 1 << 20, Seed: 7}},
 		{name: "unsigned", spec: acitest.Spec{RootfsSize: 1 << 20, Seed: 8}},
 	}, nil
-}
-
-// publish makes the images and their signatures, two at a time.
-func (d *demo) publish() error {
-	images, err := d.images()
-	if err != nil {
-		return err
-	}
-	d.publisher.AddKey(demoHost, d.key.Armored())
-	var group errgroup.Group
-	group.SetLimit(2)
-	for _, im := range images {
-		group.Go(func() error { return d.publishOne(im) })
-	}
-	return group.Wait()
-}
-
-func (d *demo) publishOne(im image) error {
-	im.spec.Name, im.spec.Labels = demoHost+"/"+im.name, maps.Clone(demoLabels)
-	file := filepath.Join(d.dir, im.name+".aci")
-	out, err := os.Create(file)
-	if err != nil {
-		return err
-	}
-	_, err = acitest.Write(out, im.spec)
-	if err = errors.Join(err, out.Close()); err != nil {
-		return err
-	}
-	published := publisher.Image{Name: im.spec.Name, Labels: im.spec.Labels, File: file}
-	if im.signer != nil {
-		signed, err := os.Open(file)
-		if err != nil {
-			return err
-		}
-		published.Signature, err = im.signer.Sign(signed, trusttest.SignOptions{})
-		if err = errors.Join(err, signed.Close()); err != nil {
-			return err
-		}
-	}
-	if im.tamper {
-		if err := flipByte(file); err != nil {
-			return err
-		}
-	}
-	_, err = d.publisher.Add(published)
-	return err
-}
-
-// flipByte changes one byte in the middle of a file.
-func flipByte(file string) error {
-	f, err := os.OpenFile(file, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	info, err := f.Stat()
-	if err == nil {
-		b := make([]byte, 1)
-		if _, err = f.ReadAt(b, info.Size()/2); err == nil {
-			b[0] ^= 0xff
-			_, err = f.WriteAt(b, info.Size()/2)
-		}
-	}
-	return errors.Join(err, f.Close())
 }
 
 // fetch has the node fetch an image by name and prints both requests.
@@ -293,7 +205,7 @@ func (d *demo) fetch(ctx context.Context, name, cacheStatus string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := d.node.Fetch(ctx, demoHost+"/"+name, demoLabels, keys); err != nil {
+	if _, err := d.node.Fetch(ctx, sceneHost+"/"+name, sceneLabels, keys); err != nil {
 		d.fail("rkt's own check of %s: %v", name, err)
 	}
 	return ctx.Err()
@@ -302,10 +214,10 @@ func (d *demo) fetch(ctx context.Context, name, cacheStatus string) error {
 // discover runs the reference discovery client and prints what it found.
 func (d *demo) discover(name, note string) []node.Endpoint {
 	started := time.Now()
-	endpoints, err := d.node.Discover(demoHost+"/"+name, demoLabels)
+	endpoints, err := d.node.Discover(sceneHost+"/"+name, sceneLabels)
 	took := time.Since(started)
 	d.check(err == nil && len(endpoints) == 1)
-	d.row("https://"+demoHost+"/"+name+"?ac-discovery=1", "200", "", "", took, "")
+	d.row("https://"+sceneHost+"/"+name+"?ac-discovery=1", "200", "", "", took, "")
 	if note != "" {
 		d.printf("      %s\n", note)
 	}
@@ -437,9 +349,9 @@ func (d *demo) refusals(ctx context.Context) error {
 func (d *demo) doors(ctx context.Context) error {
 	d.title("Other front doors to the same images")
 	plain := d.server.addresses()[0]
-	d.line(d.node.Get(ctx, plain+"/.acproxy/images/"+demoHost+"/hello.aci?version=1.0.0&os=linux&arch=amd64", nil, nil), expect{status: 200, cache: "acproxy; hit", sum: d.sums["hello"]})
-	d.line(d.node.Get(ctx, plain+"/.acproxy/mesos/"+demoHost+"/hello-1.0.0-linux-amd64.aci", nil, nil), expect{status: 200, cache: "acproxy; hit", sum: d.sums["hello"]})
-	d.line(d.node.Get(ctx, plain+"/.acproxy/mesos/"+demoHost+"/small-xz-1.0.0-linux-amd64.aci", nil, nil), expect{status: 200, cache: "acproxy; hit"})
+	d.line(d.node.Get(ctx, plain+"/.acproxy/images/"+sceneHost+"/hello.aci?version=1.0.0&os=linux&arch=amd64", nil, nil), expect{status: 200, cache: "acproxy; hit", sum: d.sums["hello"]})
+	d.line(d.node.Get(ctx, plain+"/.acproxy/mesos/"+sceneHost+"/hello-1.0.0-linux-amd64.aci", nil, nil), expect{status: 200, cache: "acproxy; hit", sum: d.sums["hello"]})
+	d.line(d.node.Get(ctx, plain+"/.acproxy/mesos/"+sceneHost+"/small-xz-1.0.0-linux-amd64.aci", nil, nil), expect{status: 200, cache: "acproxy; hit"})
 	proxy, err := url.Parse(plain)
 	if err != nil {
 		return err
@@ -452,7 +364,7 @@ func (d *demo) doors(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	fetched, err := proxied.Fetch(ctx, demoHost+"/hello", demoLabels, keys)
+	fetched, err := proxied.Fetch(ctx, sceneHost+"/hello", sceneLabels, keys)
 	d.line(fetched.Image, expect{status: 200, cache: "acproxy; hit", sum: d.sums["hello"]})
 	d.claim(err == nil, "the last one by HTTPS_PROXY=%s, signature checked by rkt's own code", plain)
 	return nil
@@ -466,7 +378,7 @@ func (d *demo) withoutPublisher(ctx context.Context) error {
 			return err
 		}
 	}
-	a := d.node.Get(ctx, "https://"+demoHost+"/never-asked-before?ac-discovery=1", nil, nil)
+	a := d.node.Get(ctx, "https://"+sceneHost+"/never-asked-before?ac-discovery=1", nil, nil)
 	d.line(a, expect{status: 502, problem: "publisher-unreachable"})
 	return nil
 }
@@ -505,7 +417,7 @@ Everything stays up until you press Ctrl-C (the publisher is back, too). Try:
   # what is held, who signed it, what was refused
   %[6]s images   --data-dir %[5]s
   %[6]s refusals --data-dir %[5]s
-`, caFile, demoHost, secure.Port, plain, d.server.parts.cfg.DataDir, self, d.server.pages[0])
+`, caFile, sceneHost, secure.Port, plain, d.server.parts.cfg.DataDir, self, d.server.pages[0])
 	if d.err != nil {
 		return d.err
 	}

@@ -38,8 +38,8 @@ func newEvents(o *options) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "events",
 		Short: "Show what has happened lately, and what happens",
-		Long: `events shows the last decisions about images (accepted, refused, quarantined, restored, inspected, passed, evicted, damaged), what operators did (pinned, unpinned,
-deleted) and what happened to the server (started, reloaded, reload-failed, keys-changed, publisher-down, publisher-up), the oldest first. All decisions since the first day are in the audit
+		Long: `events shows the last decisions about images (accepted, refused, quarantined, restored, inspected, passed, published, evicted, damaged), what operators did (pinned, unpinned,
+deleted), lists that were fetched ahead (warmed) and what happened to the server (started, reloaded, reload-failed, keys-changed, publisher-down, publisher-up), the oldest first. All decisions since the first day are in the audit
 file, unless it was rotated.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {

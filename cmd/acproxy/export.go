@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,6 +20,7 @@ import (
 	"github.com/acproxy/acproxy/internal/airgap"
 	"github.com/acproxy/acproxy/internal/bundle"
 	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/warm"
 )
 
 // signerFile is where the key lies that signs bundles and receipts, under the data directory.
@@ -119,7 +119,7 @@ The exit code is 3 if something that was asked for could not be carried; the res
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&e.list, "list", "", "file with one image on each line, - for standard input; what follows a # is a comment")
+	flags.StringVar(&e.list, "list", "", "file with a list of images, as acproxy warm takes it, - for standard input")
 	flags.StringArrayVar(&e.prefixes, "prefix", nil, "all images whose name lies under this prefix; may be given more than once")
 	flags.BoolVar(&e.pinned, "pinned", false, "all images that are pinned")
 	flags.BoolVar(&e.all, "all", false, "all images")
@@ -215,34 +215,29 @@ func (e *exporting) choice() (airgap.Choice, error) {
 	return c, err
 }
 
-// maxList bounds a list of images, in bytes.
-const maxList = 64 << 20
-
-// readList reads a list of images.
+// readList reads a list of images, as acproxy warm takes it. What it says beside the images is for that alone.
 func readList(file string, stdin io.Reader) ([]acproxy.Ref, error) {
-	from := stdin
-	if file != "-" {
-		f, err := os.Open(file)
-		if err != nil {
-			return nil, err
-		}
-		defer f.Close()
-		from = f
+	read := warm.ReadFile
+	if file == "-" {
+		read = func(string) (warm.List, error) { return warm.ReadList(stdin, "standard input") }
+	}
+	list, err := read(file)
+	if err != nil {
+		return nil, err
+	}
+	images, err := list.Images()
+	if err != nil {
+		return nil, err
 	}
 	var refs []acproxy.Ref
-	lines := bufio.NewScanner(io.LimitReader(from, maxList))
-	for n := 1; lines.Scan(); n++ {
-		text, _, _ := strings.Cut(lines.Text(), "#")
-		if text = strings.TrimSpace(text); text == "" {
-			continue
-		}
-		ref, err := acproxy.ParseRef(text)
+	for _, e := range images {
+		ref, err := acproxy.ParseRef(e.Image)
 		if err != nil {
-			return nil, fmt.Errorf("%s, line %d: %w", file, n, err)
+			return nil, fmt.Errorf("%s: %w", e.Where, err)
 		}
 		refs = append(refs, ref)
 	}
-	return refs, lines.Err()
+	return refs, nil
 }
 
 // readSince reads what the other side has.

@@ -38,15 +38,23 @@ func run(args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	cmd, err := root.ExecuteContextC(ctx)
 	var usage *usageError
+	var coded *exitError
+	ofItsOwn := errors.As(err, &coded)
 	switch {
 	case err == nil:
 		return exitOK
 	case errors.As(err, &usage):
 		fmt.Fprintf(stderr, "acproxy: %v\nTry: %s --help\n", err, cmd.CommandPath())
+		if ofItsOwn {
+			return coded.code
+		}
 		return exitUsage
 	}
 	if !isSilent(err) {
 		printError(stderr, err)
+	}
+	if ofItsOwn {
+		return coded.code
 	}
 	var partly *partlyError
 	if errors.As(err, &partly) {
@@ -116,7 +124,7 @@ keeps exactly those bytes and serves them to every node, online or offline.
 	root.PersistentFlags().StringVar(&o.dataDir, "data-dir", "", "directory for everything acproxy keeps (default: data_dir of the configuration, else "+defaultDataDirText+")")
 	root.PersistentFlags().StringVar(&o.configFile, "config", "", "configuration file (default: none, all defaults)")
 	root.AddCommand(
-		newServe(o), newDemo(), newDiscover(o), newTrust(o), newToken(o), newVerify(o), newCA(o), newImages(o), newPin(o, true), newPin(o, false), newGC(o), newUsage(o), newRefusals(o), newPublishers(o), newFlights(o), newEvents(o), newConfig(o), newHealthcheck(o), newReload(o), newScrub(o), newFsck(o), newVersion(), newMan(), newExport(o), newImport(o),
+		newServe(o), newDemo(), newDrill(), newDiscover(o), newTrust(o), newToken(o), newVerify(o), newCA(o), newImages(o), newPin(o, true), newPin(o, false), newGC(o), newUsage(o), newRefusals(o), newPublishers(o), newFlights(o), newEvents(o), newConfig(o), newHealthcheck(o), newReload(o), newScrub(o), newFsck(o), newVersion(), newMan(), newExport(o), newImport(o), newWarm(o), newFetch(o), newMissing(o), newPush(o),
 	)
 	o.completeArguments(root)
 	return root

@@ -31,6 +31,8 @@ import (
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/metrics"
+	"github.com/acproxy/acproxy/internal/missing"
+	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -55,7 +57,7 @@ func newWeb(cfg *config.Config, via string, shown *credentials.Set) (*web.Client
 	}
 	for _, p := range cfg.Publishers {
 		full := cfg.Inherit(p)
-		rule := web.Rule{Prefix: p.Prefix, HTTP: p.HTTP, Timeout: time.Duration(*full.Timeout), Allow: full.AllowAddresses}
+		rule := web.Rule{Prefix: p.Prefix, HTTP: p.HTTP, Timeout: time.Duration(*full.Timeout), Allow: full.AllowAddresses, Nobody: full.Publisher == config.PublisherLocal}
 		if p.CAFile != "" {
 			pool, err := rootsWith(p.CAFile)
 			if err != nil {
@@ -165,8 +167,8 @@ func policies(cfg *config.Config) []fetch.Policy {
 	of := func(p config.Publisher) fetch.Policy {
 		p = cfg.Inherit(p)
 		out := fetch.Policy{
-			Prefix: p.Prefix, TTL: time.Duration(*p.TTL), MaxStale: time.Duration(*p.MaxStale), Offline: *p.Offline,
-			Trust: trustPolicy(p),
+			Prefix: p.Prefix, TTL: time.Duration(*p.TTL), MaxStale: time.Duration(*p.MaxStale), Offline: *p.Offline, Listing: p.Listing,
+			Trust: trustPolicy(p), Local: p.Publisher == config.PublisherLocal,
 		}
 		if p.Delivery == config.DeliveryVerifyFirst {
 			out.Delivery = fetch.VerifyFirst
@@ -256,12 +258,14 @@ type parts struct {
 	journal     *journal.Journal
 	history     *history.History
 	metrics     *metrics.Metrics
+	warm        *warm.Jobs // nil until it is opened
+	missing     *missing.Table
 	lost        chan struct{} // says that an image was found to be lost since somebody last looked
 }
 
 // judged is the store with the state that the keys give its images now.
 func (p *parts) judged() admin.Judged {
-	return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged, Did: p.decided}
+	return admin.Judged{Disk: p.store, Judge: p.fetcher.Judged, Did: p.decided, Missed: p.missing, Knows: p.fetcher.Knows}
 }
 
 // ready returns why not all of the work can be done, nil if it can. A side that is offline has nothing to write.
@@ -347,6 +351,9 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 		return p, err
 	}
 	p.journal, p.history = journal.New(nil), history.New()
+	if p.missing, err = missing.Load(p.missingFile()); err != nil {
+		log.Warn("what was missing before is not known", "err", err)
+	}
 	if !idle {
 		p.remember()
 	}
@@ -375,9 +382,36 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 		Jitter:  float64(cfg.Freshness.Jitter) / 100,
 		Retries: orNone[int64](cfg.Fetch.Retries), RetryFor: time.Duration(cfg.Fetch.RetryFor), RetryWait: time.Duration(cfg.Fetch.RetryWait),
 		MaxFlights: int64(cfg.Fetch.MaxFlights), MaxQueue: orNone[int64](cfg.Fetch.MaxQueue), QueueWait: time.Duration(cfg.Fetch.QueueWait),
-		Limits: limits(cfg), Decided: p.decided, Landed: p.metrics.Landed, Log: log,
+		Limits: limits(cfg), Decided: p.decided, Landed: p.metrics.Landed, Missed: p.missed, Log: log,
 	})
 	return p, nil
+}
+
+// openWarm opens the lists of images that are fetched, which are kept in a directory.
+func (p *parts) openWarm(dir string, lists []warm.Listed) (err error) {
+	c := p.cfg.Warm
+	var platforms []warm.Platform
+	for _, platform := range c.Platforms {
+		platforms = append(platforms, warm.Platform(platform))
+	}
+	p.warm, err = warm.Open(warm.Options{
+		Fetcher: p.fetcher, Dir: dir, Platforms: platforms, Workers: c.Concurrency, MaxDepth: c.MaxDepth, MaxImages: c.MaxImages, Keep: c.KeepJobs, Lists: lists, Log: p.log,
+		Pin: func(ctx context.Context, digest acproxy.Digest) error { return p.judged().Pin(ctx, digest, true) },
+		Ended: func(j warm.Job) {
+			p.happened(journal.EventWarmed, strings.TrimSpace(j.Name+" ")+": "+warmText(j))
+		},
+		Result: func(r warm.Result) { p.metrics.Warmed(r.Outcome) },
+	})
+	return err
+}
+
+// warmLists returns the lists that are fetched by a schedule.
+func warmLists(cfg *config.Config) []warm.Listed {
+	var lists []warm.Listed
+	for _, l := range cfg.Warm.Lists {
+		lists = append(lists, warm.Listed{File: l.File, Groups: l.Groups, Schedule: l.Schedule, Jitter: time.Duration(l.Jitter)})
+	}
+	return lists
 }
 
 // close closes what was opened, in the reverse order.

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -29,7 +30,30 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"acproxy": main})
+	testscript.Main(m, map[string]func(){"acproxy": main, "meddled-drill": meddledDrill})
+}
+
+// meddledDrill is acproxy drill with somebody who breaks what is promised: the images that are held disappear, and a damaged byte is mended in secret.
+func meddledDrill() {
+	d := &drill{out: newDrillPrinter(os.Stdout, false), only: os.Args[1:], meddle: func(scenario, dataDir string) error {
+		blobs, err := filepath.Glob(filepath.Join(dataDir, "store", "blobs", "*", "*"))
+		for _, blob := range blobs {
+			switch {
+			case filepath.Ext(blob) == ".json":
+			case scenario == "corrupt-blob":
+				err = errors.Join(err, flipByte(blob))
+			default:
+				err = errors.Join(err, os.Remove(blob))
+			}
+		}
+		return err
+	}}
+	if err := d.run(context.Background(), os.Stderr); err != nil {
+		if !isSilent(err) {
+			fmt.Fprintln(os.Stderr, err)
+		}
+		os.Exit(exitFailed)
+	}
 }
 
 // TestScript runs the scripts in testdata/script. Besides testscript's own commands they have:

@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -160,6 +161,7 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 		}
 	}
 	n.server = server.New(n.serverConfig(cfg, log, access))
+	n.parts.metrics.Uploads(n.server.Uploads)
 	n.stopWork = cancel
 	warnOfKeys(n.parts.keys.Current(), log)
 	changed := make(chan struct{}, 1)
@@ -184,6 +186,11 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	n.work.Go(func() { n.rejudge(ctx, changed, log) })
 	n.work.Go(func() { n.mend(ctx, log) })
 	n.work.Go(func() { n.watch(ctx, log) })
+	if err := n.parts.openWarm(filepath.Join(cfg.DataDir, "jobs"), warmLists(cfg)); err != nil {
+		return err
+	}
+	// Ends as the others do.
+	n.work.Go(func() { n.parts.warm.Run(ctx) })
 	for _, l := range cfg.Listen {
 		if err := n.listen(ctx, l, log); err != nil {
 			return err
@@ -197,14 +204,15 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 	p := n.parts
 	n.admin = admin.New(admin.Options{
 		Store: p.judged(), Guard: p.guard, Metrics: p.metrics.Handler(), Flights: p.fetcher.Flights, Publishers: p.web.Hosts, Keyring: p.keys.Current,
-		Journal: p.journal, History: p.history, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: cfg.Offline, Log: log,
+		Journal: p.journal, History: p.history, Warm: p.warm, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: cfg.Offline, Log: log,
 		Discover: func(ctx context.Context, ref acproxy.Ref) (admin.Discovered, error) {
 			return admin.Discover(ctx, p.finder, ref)
 		},
 		Config:     func() ([]byte, error) { return n.reloader.current().YAML() },
 		ReloadKeys: func() { p.keys.Reload() },
 		Reload:     n.reloader.reload,
-		Page:       func(s *admin.Server) http.Handler { return page.New(s, log) },
+		Push:       n.server.PushHandler(), PushPath: server.PushPath,
+		Page: func(s *admin.Server) http.Handler { return page.New(s, log) },
 	})
 	if err := n.admin.Listen(cfg.Admin.Socket); errors.Is(err, syscall.EROFS) {
 		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
@@ -367,6 +375,10 @@ func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func
 			Rate: cfg.Clients.Rate, Burst: cfg.Clients.Burst,
 			MaxConnections: cfg.Clients.MaxConnections, MaxConnectionsPerClient: cfg.Clients.MaxConnectionsPerClient,
 		},
+		Push: server.Push{
+			MaxUploads: cfg.Push.MaxUploads, Timeout: time.Duration(cfg.Push.Timeout), MaxManifest: int64(cfg.Fetch.Limits.MaxManifest), MaxSignature: int64(cfg.Fetch.MaxSignatureSize),
+		},
+		Pushed:  n.parts.metrics.Pushed,
 		AllKeys: cfg.Trust.Publish == config.PublishAll, ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
 	}
 	if cfg.PublicURL != "" {

@@ -1,7 +1,12 @@
 package main
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -9,14 +14,17 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/acproxy/acproxy/internal/aci/acitest"
+	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/testtools"
+	"github.com/acproxy/acproxy/test/publisher"
+	"github.com/acproxy/acproxy/trust"
+	"github.com/acproxy/acproxy/trust/trusttest"
 )
 
-// TestSessionOfTheTrustDocument runs the session of docs/trust.md with the real gpg and this acproxy, in one shell, and compares what it prints:
-// … stands for any text, as a line of its own for any number of lines.
+// TestSessionOfTheTrustDocument runs the session of docs/trust.md with the real gpg and this acproxy.
 func TestSessionOfTheTrustDocument(t *testing.T) {
 	testtools.Need(t, "gpg", "bash", "tar", "awk", "sed")
-	steps := session(t, "../../docs/trust.md")
 	// The agent's socket needs a short path.
 	dir, err := os.MkdirTemp("", "s")
 	if err != nil {
@@ -26,9 +34,96 @@ func TestSessionOfTheTrustDocument(t *testing.T) {
 		_ = exec.Command("gpgconf", "--homedir", filepath.Join(dir, "gnupg"), "--kill", "all").Run()
 		_ = os.RemoveAll(dir)
 	})
+	play(t, dir, "../../docs/trust.md", 20, fmt.Sprintf("acproxy() { command acproxy --data-dir %q \"$@\"; }\n", filepath.Join(dir, "data")))
+}
+
+// TestSessionOfTheAirGapDocument runs the session of docs/air-gap.md, from a store that was filled by serving to one that never saw a publisher.
+func TestSessionOfTheAirGapDocument(t *testing.T) {
+	testtools.Need(t, "bash", "tar")
+	dir := t.TempDir()
+	s := &scene{dir: dir}
+	if err := s.start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.close() })
+	var err error
+	if s.key, err = trusttest.NewKey(trusttest.Options{Name: "Example Publisher", Email: "images@example.com"}); err != nil {
+		t.Fatal(err)
+	}
+	app := acitest.Dependency{Name: "example.com/app", Labels: labelsOf("1.0.0")}
+	for _, im := range []struct {
+		name, version string
+		spec          acitest.Spec
+	}{
+		{"app", "1.0.0", acitest.Spec{Files: map[string]string{"hello.txt": "hello\n"}}},
+		{"app", "2.0.0", acitest.Spec{Files: map[string]string{"hello.txt": "hello again\n"}}},
+		{"web", "1.0.0", acitest.Spec{Files: map[string]string{"index.html": "hello\n"}, Dependencies: []acitest.Dependency{app}}},
+	} {
+		im.spec.Name, im.spec.Labels = "example.com/"+im.name, labelsOf(im.version)
+		bytesOf, err := acitest.Build(im.spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signature, err := s.key.Sign(bytes.NewReader(bytesOf), trusttest.SignOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.publisher.Add(publisher.Image{Name: im.spec.Name, Labels: im.spec.Labels, ACI: bytesOf, Signature: signature}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range map[string]string{
+		"connected.yaml": fmt.Sprintf(publisherConfig, filepath.Join(dir, "connected"), s.publisher.Addr(), s.caFile()),
+		"isolated.yaml":  "data_dir: isolated\noffline: true\n",
+		"cluster.txt":    "example.com/web:1.0.0        # needs example.com/app, which comes along\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	holdAll(t, filepath.Join(dir, "connected.yaml"), s.key, "web.aci?version=1.0.0", "app.aci?version=1.0.0", "app.aci?version=2.0.0")
+	play(t, dir, "../../docs/air-gap.md", 10, "FINGERPRINT="+s.key.Fingerprint()+"\n")
+}
+
+// holdAll fills the store of a configuration by serving images of example.com.
+func holdAll(t *testing.T, file string, key *trusttest.Key, images ...string) {
+	t.Helper()
+	cfg, err := (&options{configFile: file}).load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := trust.Add(trustDirs(cfg), "example.com", key.Armored()); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Admin.Listen = nil
+	n, err := start(cfg, func() (*config.Config, error) { return cfg, nil }, &logs{Logger: slog.New(slog.DiscardHandler), level: new(slog.LevelVar)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, image := range images {
+		url := n.addresses()[0] + "/.acproxy/images/example.com/" + image + "&os=linux&arch=amd64"
+		resp, err := http.Get(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err = errors.Join(err, resp.Body.Close()); err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatalf("%s: %s, %v\n%s", url, resp.Status, err, body)
+		}
+	}
+	if err := n.stop(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// play runs a document's session in one shell, in a directory and after a prelude, and compares what it prints: … stands for any text, as a line of its
+// own for any number of lines. A session has so many commands at least.
+func play(t *testing.T, dir, document string, least int, prelude string) {
+	t.Helper()
+	steps := session(t, document, least)
 	var script strings.Builder
 	// TestMain has put acproxy, which is this binary, into the PATH.
-	fmt.Fprintf(&script, "acproxy() { command acproxy --data-dir %q \"$@\"; }\n", filepath.Join(dir, "data"))
+	script.WriteString(prelude)
 	for i, step := range steps {
 		fmt.Fprintf(&script, "%s\necho '%s%d'\n", step.command, mark, i)
 	}
@@ -58,7 +153,7 @@ const mark = "---- end of step "
 type step struct{ command, output string }
 
 // session returns the commands in the console blocks between <!-- session --> and <!-- end of session -->.
-func session(t *testing.T, file string) []step {
+func session(t *testing.T, file string, least int) []step {
 	t.Helper()
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -83,7 +178,7 @@ func session(t *testing.T, file string) []step {
 			steps[len(steps)-1].output += line
 		}
 	}
-	if len(steps) < 20 {
+	if len(steps) < least {
 		t.Fatalf("the session of %s has %d commands", file, len(steps))
 	}
 	return steps

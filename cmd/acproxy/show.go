@@ -64,8 +64,8 @@ type expect struct {
 	problem string // the end of the problem's type
 }
 
-// line prints an answer and holds it against what it should be.
-func (s *show) line(a node.Answer, want expect) {
+// wrong says in which ways an answer is not what it should be.
+func (want expect) wrong(a node.Answer) []string {
 	var wrong []string
 	if a.Err != nil {
 		wrong = append(wrong, a.Err.Error())
@@ -83,6 +83,12 @@ func (s *show) line(a node.Answer, want expect) {
 	if want.problem != "" && !strings.HasSuffix(problemType(a), ":"+want.problem) {
 		wrong = append(wrong, fmt.Sprintf("problem %q, should be %q", problemType(a), want.problem))
 	}
+	return wrong
+}
+
+// line prints an answer and holds it against what it should be.
+func (s *show) line(a node.Answer, want expect) {
+	wrong := want.wrong(a)
 	s.check(len(wrong) == 0)
 	s.answered(a, strconv.Itoa(a.Status))
 	for _, w := range wrong {

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
@@ -23,6 +24,17 @@ const (
 )
 
 func (p *parts) historyFile() string { return filepath.Join(p.cfg.DataDir, "history.json") }
+
+func (p *parts) missingFile() string { return filepath.Join(p.cfg.DataDir, "missing.json") }
+
+// missed is told of what nodes could not get.
+func (p *parts) missed(ref acproxy.Ref, discovery bool, err error) {
+	if discovery {
+		p.missing.NoteName(ref.Name(), err, time.Now().UTC())
+		return
+	}
+	p.missing.Note(ref, err, time.Now().UTC())
+}
 
 // remember takes up what was remembered when the server last ran. What can't be read is no reason not to run.
 func (p *parts) remember() {
@@ -106,5 +118,8 @@ func (p *parts) noteTraffic(now time.Time) {
 func (p *parts) saveHistory(log *slog.Logger) {
 	if err := p.history.Save(p.historyFile()); err != nil && !errors.Is(err, syscall.EROFS) {
 		log.Warn("how much was served is not kept over a restart", "err", err)
+	}
+	if err := p.missing.Save(); err != nil && !errors.Is(err, syscall.EROFS) {
+		log.Warn("what is missing is not kept over a restart", "err", err)
 	}
 }

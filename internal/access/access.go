@@ -51,13 +51,15 @@ type Right string
 // The rights.
 const (
 	Read   Right = "read"   // have them, and know that there are any
+	Warm   Right = "warm"   // have lists of them be fetched
 	Pin    Right = "pin"    // keep them from being evicted, and let them be again
+	Push   Right = "push"   // publish them here, where this is who publishes them
 	Delete Right = "delete" // remove them
 	Admin  Right = "admin"  // all of that; for every image, whatever is about the server as a whole
 )
 
 // Rights are all of them.
-func Rights() []Right { return []Right{Read, Pin, Delete, Admin} }
+func Rights() []Right { return []Right{Read, Warm, Pin, Push, Delete, Admin} }
 
 // A Rule says who may do what with the images under a prefix, by whole segments of their names.
 type Rule struct {

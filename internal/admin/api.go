@@ -16,11 +16,15 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/web"
 )
 
 const api = "/api/v1/"
+
+// aciType is the media type of an image, as nodes get it.
+const aciType = "application/octet-stream"
 
 // document is the API's description in OpenAPI 3.1. A test holds it against what is registered, and what is answered against it.
 //
@@ -87,6 +91,7 @@ const (
 	tagImages     = "images"
 	tagStore      = "store"
 	tagPublishers = "publishers"
+	tagWarm       = "warm"
 	tagTrust      = "trust"
 	tagEvents     = "events"
 	tagServer     = "server"
@@ -110,6 +115,7 @@ func (s *Server) describe(router *mux.Router) huma.API {
 		{Name: tagImages, Description: "The images that are held, and those that were refused."},
 		{Name: tagStore, Description: "The space that they take."},
 		{Name: tagPublishers, Description: "Where images come from, and what is being fetched."},
+		{Name: tagWarm, Description: "Lists of images that are fetched before anybody asks."},
 		{Name: tagTrust, Description: "Whose signatures count."},
 		{Name: tagEvents, Description: "What has happened."},
 		{Name: tagServer, Description: "The server as a whole."},
@@ -117,6 +123,7 @@ func (s *Server) describe(router *mux.Router) huma.API {
 	s.describeImages(a)
 	s.describeStore(a)
 	s.describePublishers(a)
+	s.describeWarm(a)
 	s.describeTrust(a)
 	s.describeEvents(a)
 	s.describeServer(a)
@@ -264,6 +271,29 @@ func (s *Server) describeImages(a huma.API) {
 				return op.get(v, digest)
 			})
 	}
+	huma.Register(a, huma.Operation{
+		OperationID: "get-image", Method: http.MethodGet, Path: api + "images/{digest}/image", Tags: []string{tagImages}, Summary: "Get an image", Description: "Its bytes as published. Range requests are answered. One that may not be served isn't here either.",
+		Responses: map[string]*huma.Response{"200": {
+			Description: "OK", Content: map[string]*huma.MediaType{aciType: {Schema: &huma.Schema{Type: huma.TypeString, Format: "binary"}}},
+		}},
+	}, func(ctx context.Context, in *digestInput) (*huma.StreamResponse, error) {
+		digest, err := in.digest()
+		if err != nil {
+			return nil, s.troubled(err)
+		}
+		blob, rec, err := s.ViewOf(ctx).Blob(digest)
+		if err != nil {
+			return nil, s.troubled(err)
+		}
+		return &huma.StreamResponse{Body: func(ctx huma.Context) {
+			// What was read was only read: there is nothing that closing it could lose.
+			defer func() { _ = blob.Close() }()
+			r, w := humamux.Unwrap(ctx)
+			w.Header().Set("Content-Type", aciType)
+			w.Header().Set("ETag", `"`+digest.String()+`"`)
+			http.ServeContent(w, r, "", rec.Modified, blob)
+		}}, nil
+	})
 	register(s, a, huma.Operation{OperationID: "show-dependencies", Method: http.MethodGet, Path: "images/{digest}/dependencies", Tags: []string{tagImages}, Summary: "Show what an image needs", Description: "The images that it depends on, as a tree as far as they are held: up to 16 deep, and up to 500 in all."},
 		func(v View, _ context.Context, in *digestInput) ([]Needed, error) {
 			digest, err := in.digest()
@@ -300,6 +330,16 @@ func (s *Server) describeImages(a huma.API) {
 		})
 	register(s, a, huma.Operation{OperationID: "list-refusals", Method: http.MethodGet, Path: "refusals", Tags: []string{tagImages}, Summary: "List refusals", Description: "The images that were asked for and not accepted, and why, the latest first."},
 		func(v View, _ context.Context, _ *nothing) ([]cache.Refused, error) { return v.Refusals() })
+	register(s, a, huma.Operation{
+		OperationID: "list-missing", Method: http.MethodGet, Path: "missing", Tags: []string{tagImages}, Summary: "List what is missing",
+		Description: "What nodes asked for and could not get, because it isn't held and nobody has it, or nobody may be asked. What was asked for most often is first.",
+	}, func(v View, _ context.Context, _ *nothing) ([]missing.Missed, error) { return v.Missing() })
+	huma.Register(a, huma.Operation{
+		OperationID: "forget-missing", Method: http.MethodDelete, Path: api + "missing", Tags: []string{tagImages}, Summary: "Forget what is missing", DefaultStatus: http.StatusNoContent,
+		Description: "What is asked for again is listed again. Needs the right admin.",
+	}, func(ctx context.Context, _ *nothing) (*struct{}, error) {
+		return nil, s.troubled(s.ViewOf(ctx).ForgetMissing())
+	})
 }
 
 type pageInput struct {

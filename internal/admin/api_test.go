@@ -145,6 +145,7 @@ func TestAnswersFitTheDocument(t *testing.T) {
 		{"GET", "/api/v1/image-ids/{digits}", "", 200},
 		{"GET", "/api/v1/quarantine", "", 200},
 		{"GET", "/api/v1/refusals", "", 200},
+		{"GET", "/api/v1/missing", "", 200},
 		{"GET", "/api/v1/usage", "", 200},
 		{"GET", "/api/v1/gc", "", 200},
 		{"GET", "/api/v1/gc", "?target=0", 200},
@@ -163,17 +164,32 @@ func TestAnswersFitTheDocument(t *testing.T) {
 		{"GET", "/api/v1/config", "", 200},
 		{"POST", "/api/v1/reload", "", 200},
 		{"GET", "/api/v1/ready", "", 204},
+		{"GET", "/api/v1/images/{digest}/image", "", 200},
+		{"GET", "/api/v1/warm", "", 200},
+		{"GET", "/api/v1/warm/{job}", "", 200},
+		{"GET", "/api/v1/warm/{job}", "?after=1&limit=1&wait=1", 200},
+		{"GET", "/api/v1/warm/{job}", "?wait=61", 422},
+		{"DELETE", "/api/v1/warm/{job}", "", 200},
+		{"POST", "/api/v1/warm", ` {"images":[{"image":"example.com/app:1.0","pin":true,"where":"a:1"}],"platforms":["linux/amd64"],"dryRun":true}`, 202},
+		{"POST", "/api/v1/warm", ` {"images":[]}`, 400},
+		{"POST", "/api/v1/warm", ` {"images":[{"image":"EXAMPLE"}]}`, 400},
+		{"POST", "/api/v1/warm", ` {"images":[{"image":"example.com/app","colour":1}]}`, 422},
 		{"PUT", "/api/v1/images/{digest}/pin", "", 200},
 		{"DELETE", "/api/v1/images/{digest}/pin", "", 200},
 		{"DELETE", "/api/v1/images/{digest}", "", 204},
 		{"POST", "/api/v1/gc", "?target=0", 200},
+		{"DELETE", "/api/v1/missing", "", 204},
 	} {
-		path := strings.NewReplacer("{digest}", app, "{digits}", strings.TrimPrefix(all[1].Record.ImageID.String(), "sha512-")[:12]).Replace(call.path)
+		path := strings.NewReplacer("{digest}", app, "{digits}", strings.TrimPrefix(all[1].Record.ImageID.String(), "sha512-")[:12], "{job}", sc.job.ID).Replace(call.path)
 		documented := call.path
 		if strings.HasPrefix(documented, "/api/v1/images/") && !strings.Contains(documented, "{") {
 			documented = "/api/v1/images/{digest}"
 		}
-		req := httptest.NewRequestWithContext(t.Context(), call.method, "http://acproxy"+path+call.query, nil)
+		query, body, _ := strings.Cut(call.query, " ")
+		req := httptest.NewRequestWithContext(t.Context(), call.method, "http://acproxy"+path+query, strings.NewReader(body))
+		if body != "" {
+			req.Header.Set("Content-Type", "application/json")
+		}
 		w := httptest.NewRecorder()
 		asCaller(caller{socket: true}, sc.s.router).ServeHTTP(w, req)
 		if w.Code != call.status {
@@ -239,7 +255,7 @@ func (sc *scene) holdLive(c *contract, path string) {
 // Who may do what: the whole of it, by who asks.
 func TestRights(t *testing.T) {
 	rules := []access.Rule{
-		{Prefix: "", May: map[access.Right][]string{access.Read: {access.Anyone}, access.Pin: {"ci"}, access.Admin: {"admin"}}},
+		{Prefix: "", May: map[access.Right][]string{access.Read: {access.Anyone}, access.Pin: {"ci"}, access.Warm: {"ci"}, access.Admin: {"admin"}}},
 		{Prefix: "secret.example.com", May: map[access.Right][]string{access.Read: {"ci"}, access.Admin: {"admin"}}},
 	}
 	app, secret := images()[0].Record.Digest.String(), images()[2].Record.Digest.String()
@@ -258,6 +274,12 @@ func TestRights(t *testing.T) {
 		{"PUT", "/api/v1/images/" + app + "/pin", 403, statuses{401, 403, 200, 200}},
 		{"DELETE", "/api/v1/images/" + app + "/pin", 403, statuses{401, 403, 200, 200}},
 		{"PUT", "/api/v1/images/" + secret + "/pin", 403, statuses{404, 404, 403, 200}},
+		{"GET", "/api/v1/images/" + secret + "/image", 200, statuses{404, 404, 200, 200}},
+		{"GET", "/api/v1/warm", 200, statuses{200, 200, 200, 200}},
+		{"GET", "/api/v1/warm/{job}", 200, statuses{404, 404, 200, 200}},
+		{"DELETE", "/api/v1/warm/{job}", 403, statuses{404, 404, 403, 200}},
+		{"POST", `/api/v1/warm {"images":[{"image":"example.com/app:1"}]}`, 403, statuses{401, 403, 202, 202}},
+		{"POST", `/api/v1/warm {"images":[{"image":"secret.example.com/db:1"},{"image":"example.com/app:1"}]}`, 403, statuses{401, 403, 403, 202}},
 		{"GET", "/api/v1/quarantine", 200, statuses{200, 200, 200, 200}},
 		{"GET", "/api/v1/refusals", 200, statuses{200, 200, 200, 200}},
 		{"GET", "/api/v1/flights", 200, statuses{200, 200, 200, 200}},
@@ -267,6 +289,8 @@ func TestRights(t *testing.T) {
 		{"GET", "/api/v1/ready", 204, statuses{204, 204, 204, 204}},
 		{"GET", "/api/v1/discover?image=example.com/app", 200, statuses{200, 200, 200, 200}},
 		{"GET", "/api/v1/discover?image=secret.example.com/db", 200, statuses{401, 403, 200, 200}},
+		{"GET", "/api/v1/missing", 200, statuses{200, 200, 200, 200}},
+		{"DELETE", "/api/v1/missing", 403, statuses{401, 403, 403, 204}},
 		{"GET", "/api/v1/usage", 200, statuses{401, 403, 403, 200}},
 		{"GET", "/api/v1/gc", 200, statuses{401, 403, 403, 200}},
 		{"GET", "/api/v1/publishers", 200, statuses{401, 403, 403, 200}},
@@ -313,14 +337,14 @@ func TestListingsLeaveOutWhatIsNotForTheClient(t *testing.T) {
 	secret := images()[2].Record
 	for _, path := range []string{
 		"images", "images?sort=size", "images?contains=" + secret.Digest.String(), "images/" + images()[0].Record.Digest.String() + "/dependencies",
-		"image-ids/" + strings.TrimPrefix(secret.ImageID.String(), "sha512-")[:20], "refusals", "flights", "events", "quarantine",
+		"image-ids/" + strings.TrimPrefix(secret.ImageID.String(), "sha512-")[:20], "refusals", "flights", "events", "missing", "warm", "quarantine",
 	} {
 		_, open := sc.ask("", "GET", "/api/v1/"+path)
 		_, all := sc.ask("admin", "GET", "/api/v1/"+path)
 		if strings.Contains(open, secret.Digest.String()) || strings.Contains(open, "secret.example.com/evil") || strings.Contains(open, "secret.example.com/big") || strings.Contains(open, "secret.example.com/db:7") {
 			t.Errorf("%s tells everybody: %s", path, open)
 		}
-		if path != "quarantine" && !strings.Contains(all, "secret.example.com") {
+		if path != "quarantine" && path != "warm" && !strings.Contains(all, "secret.example.com") {
 			t.Errorf("%s doesn't tell who may know: %s", path, all)
 		}
 		if strings.Contains(open, "192.0.2.1") {
@@ -329,6 +353,9 @@ func TestListingsLeaveOutWhatIsNotForTheClient(t *testing.T) {
 		if strings.Contains(all, "hashed") {
 			t.Errorf("%s has hash states, which are of no use: %s", path, all)
 		}
+	}
+	if _, text := sc.ask("", "GET", "/api/v1/missing"); strings.Contains(text, "secret") || strings.Contains(text, "example.com/base") || !strings.Contains(text, "example.com/none/more") {
+		t.Errorf("missing is %s", text)
 	}
 	if _, text := sc.ask("", "GET", "/api/v1/events"); strings.Contains(text, "reloaded") {
 		t.Errorf("events about the server are for everybody: %s", text)

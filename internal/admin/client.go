@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/web"
 )
@@ -43,12 +45,20 @@ func Dial(path string) (*Client, error) {
 // patient returns a client that waits for as long as it takes.
 func (c *Client) patient() *Client { return &Client{&http.Client{Transport: c.http.Transport}} }
 
+// HTTP returns a client that connects to the server's socket, whatever host it is asked for, and waits for as long as it takes.
+func (c *Client) HTTP() *http.Client { return c.patient().http }
+
 // send asks for something. The caller closes the body of the answer, which is one of 2xx.
 func (c *Client) send(ctx context.Context, method, path string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://acproxy"+api+path, nil)
 	if err != nil {
 		return nil, err
 	}
+	return c.answered(req)
+}
+
+// answered sends a request. The caller closes the body of the answer, which is one of 2xx.
+func (c *Client) answered(req *http.Request) (*http.Response, error) {
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return nil, err
@@ -75,6 +85,25 @@ func (c *Client) do(ctx context.Context, method, path string, value any) error {
 		return nil
 	}
 	return json.NewDecoder(resp.Body).Decode(value)
+}
+
+// put sends a value and reads the answer into another.
+func (c *Client) put(ctx context.Context, method, path string, value, into any) error {
+	text, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://acproxy"+api+path, bytes.NewReader(text))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := c.answered(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	return json.NewDecoder(resp.Body).Decode(into)
 }
 
 func (c *Client) get(path string, value any) error {
@@ -151,6 +180,84 @@ func (c *Client) Signature(digest acproxy.Digest) ([]byte, error) {
 	return c.raw("images/" + digest.String() + "/signature")
 }
 
+// Blob is [Store.Blob] of the server. It is read from where it stands, and a place further on or back is asked for anew.
+func (c *Client) Blob(digest acproxy.Digest) (io.ReadSeekCloser, error) {
+	b := &remoteBlob{c: c.patient(), path: "images/" + digest.String() + "/image"}
+	return b, b.open()
+}
+
+// remoteBlob is the bytes of an image at a server.
+type remoteBlob struct {
+	c    *Client
+	path string
+	at   int64
+	size int64
+	body io.ReadCloser // from at on; nil if nothing is asked for
+}
+
+func (b *remoteBlob) open() error {
+	req, err := http.NewRequestWithContext(context.Background(), http.MethodGet, "http://acproxy"+api+b.path, nil)
+	if err != nil {
+		return err
+	}
+	if b.at > 0 {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", b.at))
+	}
+	resp, err := b.c.answered(req)
+	if err != nil {
+		return err
+	}
+	if b.at > 0 && resp.StatusCode != http.StatusPartialContent {
+		return errors.Join(fmt.Errorf("the server answered %s for a part of an image", resp.Status), resp.Body.Close())
+	}
+	b.body, b.size = resp.Body, b.at+resp.ContentLength
+	return nil
+}
+
+// Read implements io.Reader.
+func (b *remoteBlob) Read(p []byte) (int, error) {
+	if b.at >= b.size {
+		return 0, io.EOF
+	}
+	if b.body == nil {
+		if err := b.open(); err != nil {
+			return 0, err
+		}
+	}
+	n, err := b.body.Read(p)
+	b.at += int64(n)
+	return n, err
+}
+
+// Seek implements io.Seeker.
+func (b *remoteBlob) Seek(offset int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekCurrent:
+		offset += b.at
+	case io.SeekEnd:
+		offset += b.size
+	}
+	if offset < 0 {
+		return b.at, errors.New("there is nothing before the beginning of an image")
+	}
+	if offset == b.at {
+		return b.at, nil
+	}
+	err := b.Close()
+	b.at = offset
+	return b.at, err
+}
+
+// Close implements io.Closer.
+func (b *remoteBlob) Close() error {
+	if b.body == nil {
+		return nil
+	}
+	err := b.body.Close()
+	b.body = nil
+	return err
+}
+
 // Dependencies is [Store.Dependencies] of the server.
 func (c *Client) Dependencies(digest acproxy.Digest) (needed []Needed, err error) {
 	err = c.get("images/"+digest.String()+"/dependencies", &needed)
@@ -167,6 +274,17 @@ func (c *Client) ByImageID(digits string) (records []cache.Record, err error) {
 func (c *Client) Refusals() (refusals []cache.Refused, err error) {
 	err = c.get("refusals", &refusals)
 	return refusals, err
+}
+
+// Missing is [Store.Missing] of the server.
+func (c *Client) Missing() (entries []missing.Missed, err error) {
+	err = c.get("missing", &entries)
+	return entries, err
+}
+
+// ForgetMissing is [Store.ForgetMissing] of the server.
+func (c *Client) ForgetMissing() error {
+	return c.do(context.Background(), http.MethodDelete, "missing", nil)
 }
 
 // Usage is [Store.Usage] of the server.

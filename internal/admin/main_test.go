@@ -22,6 +22,8 @@ import (
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
+	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 	"github.com/acproxy/acproxy/trust/trusttest"
@@ -49,6 +51,7 @@ type scene struct {
 	url    string  // of the address
 	web    *http.Client
 	tokens map[string]string // by the names of clients
+	job    warm.Job          // a list of images of two prefixes
 
 	mu      sync.Mutex
 	flights []fetch.FlightState
@@ -119,8 +122,15 @@ func newScene(t *testing.T, rules []access.Rule, methods access.Method) *scene {
 		{Ref: cachetest.MustRef("example.com/big:1"), Phase: fetch.PhaseReceiving, Began: start, Client: "192.0.2.1", Received: 5, Size: 10, Source: "https://example.com/big.aci"},
 		{Ref: cachetest.MustRef("secret.example.com/big:1"), Phase: fetch.PhaseAsking, Began: start},
 	}
+	asked := missing.New()
+	for _, name := range []string{"example.com/none", "secret.example.com/none"} {
+		asked.Note(cachetest.MustRef(name), &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start)
+		asked.NoteName(name+"/more", &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start)
+	}
+	asked.Note(cachetest.MustRef("example.com/base:1"), &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start) // it has come since
 	sc.s = New(Options{
-		Store: Judged{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Did: sc.done},
+		Warm:  sc.warm(keyring),
+		Store: Judged{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Did: sc.done, Missed: asked, Knows: func(string) bool { return false }},
 		Guard: access.New(access.Config{Tokens: tokens, Rules: rules}), Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") }),
 		Flights: func() []fetch.FlightState {
 			sc.mu.Lock()
@@ -162,6 +172,31 @@ func newScene(t *testing.T, rules []access.Rule, methods access.Method) *scene {
 	return sc
 }
 
+// warm fetches lists of images, and dials nobody for them.
+func (sc *scene) warm(keyring *trust.Keyring) *warm.Jobs {
+	f := fetch.New(fetch.Config{Store: sc.store, Keyring: func() *trust.Keyring { return keyring }, Offline: true, Log: slog.New(slog.DiscardHandler)})
+	jobs, err := warm.Open(warm.Options{Fetcher: f, Dir: sc.t.TempDir(), Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		sc.t.Fatal(err)
+	}
+	if sc.job, err = jobs.Submit(warm.Spec{Images: []warm.Entry{{Image: "example.com/app:2"}, {Image: "secret.example.com/db:8"}}}, "ci"); err != nil {
+		sc.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	// Ends when the test does, which waits for it.
+	go func() {
+		defer close(ended)
+		jobs.Run(ctx)
+	}()
+	sc.t.Cleanup(func() {
+		cancel()
+		<-ended
+		_ = f.Close()
+	})
+	return jobs
+}
+
 func (sc *scene) done(d fetch.Decision) {
 	sc.mu.Lock()
 	defer sc.mu.Unlock()
@@ -171,12 +206,17 @@ func (sc *scene) done(d fetch.Decision) {
 // ask asks at the address, in the name of a client, or of nobody.
 func (sc *scene) ask(who, method, path string, header ...string) (*http.Response, string) {
 	sc.t.Helper()
-	req, err := http.NewRequestWithContext(sc.t.Context(), method, sc.url+path, nil)
+	// What is sent stands behind the path.
+	path, body, _ := strings.Cut(strings.ReplaceAll(path, "{job}", sc.job.ID), " ")
+	req, err := http.NewRequestWithContext(sc.t.Context(), method, sc.url+path, strings.NewReader(body))
 	if err != nil {
 		sc.t.Fatal(err)
 	}
 	if who != "" {
 		req.Header.Set("Authorization", "Bearer "+sc.tokens[who])
+	}
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
 	}
 	for i := 0; i < len(header); i += 2 {
 		if header[i] == "Host" {

@@ -23,6 +23,7 @@ import (
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/listen"
 	"github.com/acproxy/acproxy/internal/problem"
+	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -38,6 +39,7 @@ type Options struct {
 	Keyring    func() *trust.Keyring
 	Journal    *journal.Journal
 	History    *history.History
+	Warm       *warm.Jobs
 	// Discover asks an image's publisher where it keeps the image and its keys.
 	Discover func(context.Context, acproxy.Ref) (Discovered, error)
 	// Config returns the configuration that counts, without secrets, as YAML.
@@ -52,6 +54,10 @@ type Options struct {
 	Version string
 	Started time.Time
 	Offline bool // the server dials nobody
+
+	// Push answers clients that publish images, at the socket alone, below PushPath. nil means that there is nobody who does.
+	Push     http.Handler
+	PushPath string
 
 	// Page makes what answers for everything that isn't the API: the page for operators. nil means that there is none.
 	Page func(*Server) http.Handler
@@ -105,6 +111,9 @@ func (s *Server) Listen(path string) error {
 	all.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	all.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	all.HandleFunc("GET /debug/pprof/", pprof.Index)
+	if s.o.Push != nil {
+		all.Handle(s.o.PushPath, s.o.Push)
+	}
 	all.Handle("/", s.router)
 	s.socket = &http.Server{Handler: asCaller(caller{socket: true}, all), ReadHeaderTimeout: 5 * time.Second}
 	// Ends when Close closes the server, which waits for it.

@@ -3,6 +3,7 @@ package admin
 import (
 	"context"
 	"errors"
+	"io"
 	"slices"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 )
 
 // A Store is what is looked into: an open store, or, through a [Client], that of a running server.
@@ -23,10 +25,16 @@ type Store interface {
 	Manifest(digest acproxy.Digest) ([]byte, error)
 	// Signature returns an image's signature as it was published, or an error matching [acproxy.ErrNotFound] if it has none.
 	Signature(digest acproxy.Digest) ([]byte, error)
+	// Blob opens the bytes of an image as they were published. The caller closes them. It returns an error matching [acproxy.ErrNotFound] if it isn't held.
+	Blob(digest acproxy.Digest) (io.ReadSeekCloser, error)
 	// Dependencies returns what an image needs, and what that needs, as far as it is held.
 	Dependencies(digest acproxy.Digest) ([]Needed, error)
 	// ByImageID returns the images whose ID begins with some hex digits.
 	ByImageID(digits string) ([]cache.Record, error)
+	// Missing returns what nodes asked for and could not get because it isn't held, what was asked for most often first.
+	Missing() ([]missing.Missed, error)
+	// ForgetMissing forgets all that.
+	ForgetMissing() error
 	// Refusals returns the images that were refused, the latest first.
 	Refusals() ([]cache.Refused, error)
 	// Usage returns the space that the store takes.
@@ -55,6 +63,32 @@ type Judged struct {
 	Judge func(cache.Record) cache.Record
 	// Did is told of what was done to an image because somebody wanted it. nil means that nobody is.
 	Did func(fetch.Decision)
+	// Missed is what nodes could not get.
+	Missed *missing.Table
+	// Knows reports whether anything is known of a name.
+	Knows func(name string) bool
+}
+
+// Missing implements [Store].
+func (j Judged) Missing() ([]missing.Missed, error) {
+	var wrong error
+	entries := j.Missed.Entries(func(e missing.Missed) bool {
+		if e.Name {
+			return j.Knows(e.Ref.Name())
+		}
+		records, err := j.Match(e.Ref)
+		if err != nil && !errors.Is(err, acproxy.ErrNotFound) {
+			wrong = errors.Join(wrong, err)
+		}
+		return slices.ContainsFunc(records, func(rec cache.Record) bool { return !rec.Quarantined() })
+	})
+	return entries, wrong
+}
+
+// ForgetMissing implements [Store].
+func (j Judged) ForgetMissing() error {
+	j.Missed.Clear()
+	return j.Missed.Save()
 }
 
 // Images is [cache.Disk.Images]. A filter by state goes by the state now.
@@ -86,6 +120,15 @@ func (j Judged) Record(digest acproxy.Digest) (cache.Record, error) {
 		return rec, err
 	}
 	return j.Judge(rec), nil
+}
+
+// Blob implements [Store].
+func (j Judged) Blob(digest acproxy.Digest) (io.ReadSeekCloser, error) {
+	blob, err := j.OpenBlob(digest)
+	if err != nil {
+		return nil, err
+	}
+	return blob, nil
 }
 
 // ByImageID is [cache.Disk.ByImageID].

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"slices"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/web"
 )
@@ -157,6 +159,19 @@ func (v View) Signature(digest acproxy.Digest) ([]byte, error) {
 	return v.s.o.Store.Signature(digest)
 }
 
+// Blob opens the bytes of an image. The caller closes them. One that is quarantined is refused: no unverified byte leaves here.
+func (v View) Blob(digest acproxy.Digest) (io.ReadSeekCloser, cache.Record, error) {
+	rec, err := v.Image(digest)
+	if err == nil && rec.State == cache.Quarantined {
+		err = &acproxy.Error{Kind: acproxy.ErrRefused, Code: "quarantined", Detail: "the image " + digest.String() + " may not be served: " + rec.Reason}
+	}
+	if err != nil {
+		return nil, rec, err
+	}
+	blob, err := v.s.o.Store.Blob(digest)
+	return blob, rec, err
+}
+
 // Dependencies returns what an image needs. What the client may not know of counts as not held.
 func (v View) Dependencies(digest acproxy.Digest) ([]Needed, error) {
 	if _, err := v.Image(digest); err != nil {
@@ -256,6 +271,26 @@ func (v View) Refusals() ([]cache.Refused, error) {
 		}
 	}
 	return out, err
+}
+
+// Missing returns what nodes asked for and could not get because it isn't held.
+func (v View) Missing() ([]missing.Missed, error) {
+	entries, err := v.s.o.Store.Missing()
+	out := []missing.Missed{}
+	for _, e := range entries {
+		if v.reads(e.Ref.Name()) {
+			out = append(out, e)
+		}
+	}
+	return out, err
+}
+
+// ForgetMissing forgets all that.
+func (v View) ForgetMissing() error {
+	if err := v.administer("forget what is missing"); err != nil {
+		return err
+	}
+	return v.s.o.Store.ForgetMissing()
 }
 
 // Usage returns the space that the store takes.

@@ -17,6 +17,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/robfig/cron/v3"
+
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/listen"
 )
@@ -34,6 +36,7 @@ func (c *Config) check(r *report) {
 	c.checkFetch(r)
 	c.checkFreshness(r)
 	c.checkCache(r)
+	c.checkWarm(r)
 	c.checkAccess(r)
 	c.checkCredentials(r)
 	if c.Admin.Metrics != "" && !r.broken("admin.metrics") {
@@ -42,6 +45,8 @@ func (c *Config) check(r *report) {
 		}
 	}
 	c.checkPublishers(r)
+	positive(r, "push.max_uploads", c.Push.MaxUploads, Default().Push.MaxUploads)
+	positive(r, "push.timeout", c.Push.Timeout, Default().Push.Timeout)
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)
 	notNegative(r, "log.access_flush", c.Log.AccessFlush)
@@ -512,6 +517,36 @@ func (c *Config) checkFreshness(r *report) {
 	notNegative(r, "freshness.max_age", c.Freshness.MaxAge)
 }
 
+// checkWarm checks the lists of images that are fetched before anybody asks.
+func (c *Config) checkWarm(r *report) {
+	defaults := Default().Warm
+	positive(r, "warm.concurrency", c.Warm.Concurrency, defaults.Concurrency)
+	positive(r, "warm.max_images", c.Warm.MaxImages, defaults.MaxImages)
+	positive(r, "warm.max_depth", c.Warm.MaxDepth, defaults.MaxDepth)
+	positive(r, "warm.keep_jobs", c.Warm.KeepJobs, defaults.KeepJobs)
+	if len(c.Warm.Platforms) == 0 && !r.broken("warm.platforms") {
+		r.value("warm.platforms", "there is no platform: write those of the nodes, as in [linux/amd64], or [none] to ask for nothing but what lists say")
+	}
+	for i, platform := range c.Warm.Platforms {
+		os, arch, ok := strings.Cut(platform, "/")
+		if platform != "none" && (!ok || os == "" || arch == "" || strings.Contains(arch, "/")) {
+			r.value(index("warm.platforms", i), "%q is no platform: write os/arch in appc's words, as in linux/amd64 or linux/aarch64, or none", clip(platform))
+		}
+	}
+	for i, l := range c.Warm.Lists {
+		path := index("warm.lists", i)
+		if r.broken(path) {
+			continue
+		}
+		if l.Schedule != "" {
+			if _, err := cron.ParseStandard(l.Schedule); err != nil {
+				r.value(path+".schedule", "%q is no schedule (%v): write minute, hour, day of the month, month and day of the week, as in \"30 3 * * *\"", clip(l.Schedule), err)
+			}
+		}
+		notNegative(r, path+".jitter", l.Jitter)
+	}
+}
+
 func (c *Config) checkCache(r *report) {
 	k, defaults := c.Cache, Default()
 	positive(r, "cache.access_flush", k.AccessFlush, defaults.Cache.AccessFlush)
@@ -552,9 +587,28 @@ func (c *Config) checkPublishers(r *report) {
 		} else {
 			seen[p.Prefix] = i
 		}
+		p.checkLocal(r, path)
 		p.checkSource(r, path)
 		p.checkReach(r, path)
 		p.checkPolicy(r, path, c)
+	}
+}
+
+// checkLocal checks that nothing is said of how to reach a publisher that is this acproxy.
+func (p *Publisher) checkLocal(r *report, path string) {
+	if p.Publisher != PublisherLocal {
+		return
+	}
+	for _, k := range []struct {
+		key   string
+		given bool
+	}{
+		{"templates", len(p.Templates) > 0}, {"discovery_host", p.DiscoveryHost != ""}, {"simple_discovery", p.SimpleDiscovery}, {"http", p.HTTP},
+		{"ca_file", p.CAFile != ""}, {"proxy", p.Proxy != ""},
+	} {
+		if k.given {
+			r.key(path+"."+k.key, "with publisher: local nobody is asked for these images: remove this, or write publisher: web")
+		}
 	}
 }
 
@@ -571,6 +625,11 @@ func (p *Publisher) checkSource(r *report, path string) {
 	if len(p.Templates) > 0 && p.SimpleDiscovery {
 		r.key(path+".simple_discovery", "templates are given, so nothing else is tried: remove this, and add the template %q if it is wanted",
 			"https://{name}-{version}-{os}-{arch}.{ext}")
+	}
+	if p.Listing != "" {
+		if problem := checkListing(p.Listing, p.HTTP); problem != "" {
+			r.value(path+".listing", "%s", problem)
+		}
 	}
 	if p.DiscoveryHost != "" {
 		if problem := checkHostPort(p.DiscoveryHost); problem != "" {
@@ -643,6 +702,18 @@ func checkTemplate(template string, plain bool) string {
 			return fmt.Sprintf("%q has the variable {%s}, which is not the name of a label: write {name}, {version}, {os}, {arch}, {ext} or another label", clip(template), clip(variable))
 		}
 		rest = rest[open+end+2:]
+	}
+	return ""
+}
+
+// checkListing says what is wrong with the URL of a listing of versions, "" if nothing is.
+func checkListing(listing string, plain bool) string {
+	u, err := url.Parse(strings.ReplaceAll(listing, "{name}", "name"))
+	switch {
+	case err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || strings.ContainsAny(u.String(), " {}"):
+		return fmt.Sprintf("%q is not the URL of a listing: write one as in https://example.com/v2/{name}/tags/list; {name} is all that is replaced", clip(listing))
+	case u.Scheme == "http" && !plain:
+		return fmt.Sprintf("%q is plain http, which is refused unless this publisher has http: true: add that, or write https", clip(listing))
 	}
 	return ""
 }
@@ -803,6 +874,9 @@ func (c *Config) paths() []pathValue {
 	}
 	for i := range c.Credentials.Hosts {
 		all = append(all, pathValue{index("credentials.hosts", i) + ".secret_file", &c.Credentials.Hosts[i].SecretFile})
+	}
+	for i := range c.Warm.Lists {
+		all = append(all, pathValue{index("warm.lists", i) + ".file", &c.Warm.Lists[i].File})
 	}
 	for i := range c.Publishers {
 		all = append(all, pathValue{index("publishers", i) + ".ca_file", &c.Publishers[i].CAFile})

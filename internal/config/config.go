@@ -68,6 +68,12 @@ const (
 	OnFullStream = "stream"
 )
 
+// Values of [Publisher.Publisher].
+const (
+	PublisherWeb   = "web"
+	PublisherLocal = "local"
+)
+
 // Values of [Log.Format].
 const (
 	LogText = "text"
@@ -130,11 +136,17 @@ type Config struct {
 	// When an image that is held here is asked for again at its publisher. An image asked for with a version never is.
 	Freshness Freshness `yaml:"freshness"`
 
+	// How images are received that are published here, under prefixes with publisher: local.
+	Push Push `yaml:"push"`
+
 	// How much is kept, and what goes when there is too little space.
 	Cache Cache `yaml:"cache"`
 
 	// How what is kept is read again, to find what the disk has lost.
 	Scrub Scrub `yaml:"scrub"`
+
+	// Lists of images that are fetched before anybody asks for them.
+	Warm Warm `yaml:"warm"`
 
 	// What acproxy tells about its work, on standard error.
 	Log Log `yaml:"log"`
@@ -207,8 +219,14 @@ type AccessRule struct {
 	// is, or anyone.
 	Read []string `yaml:"read" required:"known"`
 
+	// Who may have them be fetched, by the API: acproxy warm. Whoever may read them has them fetched too, one at a time.
+	Warm []string `yaml:"warm"`
+
 	// Who may keep them from being evicted, and let them be again, by the API. Whoever may use admin.socket may do everything.
 	Pin []string `yaml:"pin"`
+
+	// Who may publish images here, under prefixes with publisher: local. Without a rule nobody may but by admin.socket.
+	Push []string `yaml:"push"`
 
 	// Who may remove them, by the API.
 	Delete []string `yaml:"delete"`
@@ -219,7 +237,7 @@ type AccessRule struct {
 
 // Rights returns the lists of names by the keys that they stand under.
 func (r AccessRule) Rights() map[string][]string {
-	return map[string][]string{"read": r.Read, "pin": r.Pin, "delete": r.Delete, "admin": r.Admin}
+	return map[string][]string{"read": r.Read, "warm": r.Warm, "pin": r.Pin, "push": r.Push, "delete": r.Delete, "admin": r.Admin}
 }
 
 // Admin is how operators, and acproxy's own commands, look into a running server.
@@ -529,6 +547,17 @@ type Freshness struct {
 	MaxAge Duration `yaml:"max_age"`
 }
 
+// Push is how images are received that are published here. What an image may be like, fetch says: max_image_size, max_signature_size and limits hold for
+// uploads too.
+type Push struct {
+	// Uploads that may be in progress at once. Further ones are answered with 503.
+	MaxUploads int `yaml:"max_uploads"`
+
+	// How long an upload may take, from its start until all of it is here. What has come of it is dropped then. A client that sends nothing for as long as
+	// clients.stall_timeout is not waited for.
+	Timeout Duration `yaml:"timeout"`
+}
+
 // Cache is how much is kept.
 type Cache struct {
 	// How much space the store may take: images, what is arriving, signatures, index and all. It is never exceeded: space is reserved
@@ -571,6 +600,42 @@ type Scrub struct {
 
 	// How many bytes are read in a second at most. If that is too little for every, it takes longer.
 	Rate Size `yaml:"rate"`
+}
+
+// Warm is lists of images that are fetched before anybody asks for them.
+type Warm struct {
+	// Images of all lists together that are asked for at once.
+	Concurrency int `yaml:"concurrency"`
+
+	// Platforms, as os/arch in appc's words, that images are asked for whose list doesn't say. none asks for nothing but what the list says.
+	Platforms []string `yaml:"platforms"`
+
+	// Images that a list may come to, with those that others depend on.
+	MaxImages int `yaml:"max_images"`
+
+	// How many images deep dependencies are followed.
+	MaxDepth int `yaml:"max_depth"`
+
+	// Finished jobs that are remembered. The oldest one goes first.
+	KeepJobs int `yaml:"keep_jobs"`
+
+	// Lists that the server fetches by itself.
+	Lists []WarmList `yaml:"lists"`
+}
+
+// WarmList is a list of images that the server fetches by itself.
+type WarmList struct {
+	// File with the list, as acproxy warm takes it. It is read anew each time.
+	File string `yaml:"file" required:"/etc/acproxy/warm.yaml"`
+
+	// Groups of it. Empty: all.
+	Groups []string `yaml:"groups"`
+
+	// When: minute, hour, day of the month, month, day of the week, in the server's time zone. Empty: as the list says for each of its groups.
+	Schedule string `yaml:"schedule"`
+
+	// By how much later than that it begins at most, at random, so that not all mirrors ask at once.
+	Jitter Duration `yaml:"jitter"`
 }
 
 // Log is what acproxy tells about its work.
@@ -619,12 +684,20 @@ type Publisher struct {
 	// The image names this is about, by whole segments, as in allow.
 	Prefix string `yaml:"prefix" required:"example.com/app"`
 
+	// Who publishes these images: web, whoever discovery leads to, or local, this acproxy. Images of local are pushed here (acproxy push, or any client of
+	// acpush), and nobody is ever asked for them.
+	Publisher string `yaml:"publisher" oneof:"web local"`
+
 	// URL templates to use without any discovery (of keys neither), as a publisher's ac-discovery tag would give them, tried in order. Not together with
 	// discovery_host or simple_discovery.
 	Templates []string `yaml:"templates"`
 
 	// Host, with or without a port, that is asked for discovery in place of the name's own.
 	DiscoveryHost string `yaml:"discovery_host"`
+
+	// URL with {name} that lists the versions of an image: the tags of an OCI repository, a JSON array, or text with one on each line. It is asked where a
+	// list of acproxy warm has a pattern for a version. Empty: there is none.
+	Listing string `yaml:"listing"`
 
 	// Also try {name}-{version}-{os}-{arch}.{ext}, as was done before meta-discovery, when no page has a tag.
 	SimpleDiscovery bool `yaml:"simple_discovery"`
@@ -739,6 +812,17 @@ func Default() Config {
 			OnChange: OnChangeRefuse,
 			MaxAge:   minutes(5),
 		},
+		Warm: Warm{
+			Concurrency: 4,
+			Platforms:   []string{"linux/amd64"},
+			MaxImages:   100_000,
+			MaxDepth:    16,
+			KeepJobs:    100,
+		},
+		Push: Push{
+			MaxUploads: 16,
+			Timeout:    minutes(60),
+		},
 		Cache: Cache{
 			MinFree:      1 * GiB,
 			High:         95,
@@ -809,6 +893,7 @@ func (c *Config) Inherit(p Publisher) Publisher {
 		own       *string
 		everybody string
 	}{
+		{&p.Publisher, PublisherWeb},
 		{&p.Signature, c.Trust.Signature},
 		{&p.Expired, c.Trust.Expired},
 		{&p.Delivery, c.Fetch.Delivery},

@@ -57,6 +57,7 @@ func samplePublishers() []Publisher {
 		{
 			Prefix:    "example.com/app",
 			Templates: []string{"https://storage.example.com/{name}-{version}-{os}-{arch}.{ext}"},
+			Listing:   "https://storage.example.com/v2/{name}/tags/list",
 			Signature: SignatureRequired,
 			Threshold: &threshold,
 			Delivery:  DeliveryVerifyFirst,
@@ -78,12 +79,16 @@ func samplePublishers() []Publisher {
 			Expired:         ExpiredAcceptIfSignedBefore,
 			Legacy:          &legacy,
 		},
+		{
+			Prefix:    "example.com/ours",
+			Publisher: PublisherLocal,
+		},
 	}
 }
 
 // sampleRules show the keys of a rule, which has no default.
 func sampleRules() []AccessRule {
-	return []AccessRule{{Prefix: "", Read: []string{"anyone"}}, {Prefix: "example.com/secret", Read: []string{"alice", "node1.example.net"}}}
+	return []AccessRule{{Prefix: "", Read: []string{"anyone"}}, {Prefix: "example.com/secret", Read: []string{"alice", "node1.example.net"}, Warm: []string{"alice"}}}
 }
 
 // sampleCredentials show the keys of credentials, which have no default.
@@ -92,6 +97,11 @@ func sampleCredentials() []HostCredentials {
 		{Host: "storage.example.com", Prefix: "example.com/secret", Type: CredentialsBasic, User: "acproxy", SecretFile: "storage-password"},
 		{Host: "images.s3.eu-central-1.amazonaws.com", Type: CredentialsAWS, User: "AKIAEXAMPLE", SecretEnv: "IMAGES_SECRET_KEY", Region: "eu-central-1", Service: "s3"},
 	}
+}
+
+// sampleWarmLists show the keys of a scheduled list, which has no default.
+func sampleWarmLists() []WarmList {
+	return []WarmList{{File: "warm.yaml", Groups: []string{"base"}, Schedule: "30 3 * * *", Jitter: minutes(10)}}
 }
 
 // Both documents are what the comments and defaults of this package say. With -update they are written.
@@ -136,7 +146,7 @@ func TestExample(t *testing.T) {
 		t.Fatal("the example does not end in publishers: []")
 	}
 	var b strings.Builder
-	for _, list := range []string{"  rules:", "  hosts:"} {
+	for _, list := range []string{"  rules:", "  hosts:", "  lists:"} {
 		before, rest, found := strings.Cut(head, list+" []\n  #     -")
 		samples, rest, ended := strings.Cut("  #     -"+rest, "\n\n")
 		if !found || !ended {
@@ -169,6 +179,12 @@ func TestExample(t *testing.T) {
 	}
 	if want := sampleCredentials(); !reflect.DeepEqual(c.Credentials.Hosts, want) {
 		t.Errorf("the credentials of the example are\n%+v, want\n%+v", c.Credentials.Hosts, want)
+	}
+	for i := range c.Warm.Lists {
+		c.Warm.Lists[i].File = filepath.Base(c.Warm.Lists[i].File)
+	}
+	if want := sampleWarmLists(); !reflect.DeepEqual(c.Warm.Lists, want) {
+		t.Errorf("the lists of the example are\n%+v, want\n%+v", c.Warm.Lists, want)
 	}
 	if want := sampleRules(); !reflect.DeepEqual(c.Access.Rules, want) {
 		t.Errorf("the rules of the example are\n%+v, want\n%+v", c.Access.Rules, want)
@@ -285,7 +301,7 @@ func writeSection(t *testing.T, b *strings.Builder, words map[string]string, v r
 			}
 		default:
 			samples, sampled := map[reflect.Type]any{
-				reflect.TypeFor[[]AccessRule](): sampleRules(), reflect.TypeFor[[]HostCredentials](): sampleCredentials(),
+				reflect.TypeFor[[]AccessRule](): sampleRules(), reflect.TypeFor[[]HostCredentials](): sampleCredentials(), reflect.TypeFor[[]WarmList](): sampleWarmLists(),
 			}[field.Type]
 			if field.Type == reflect.TypeFor[[]Publisher]() || sampled {
 				fmt.Fprintf(b, "%s# To use the examples below, remove the [] and the # at the beginning of each line.\n", indent)

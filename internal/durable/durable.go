@@ -104,6 +104,16 @@ func WriteFile(fsys FS, name string, data []byte, perm fs.FileMode) error {
 	return Replace(fsys, filepath.Join(filepath.Dir(name), TempPrefix+rand.Text()), name, data, perm)
 }
 
+// Rewrite is [WriteFile] for a file that one process writes over and over: there is one name for what isn't whole yet, name with ".new" behind it, so that what a
+// killed process left there goes with the next writing.
+func Rewrite(name string, data []byte, perm fs.FileMode) error {
+	unfinished := name + ".new"
+	if err := os.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return Replace(nil, unfinished, name, data, perm)
+}
+
 // Replace is [WriteFile] with a temporary file that the caller names: one that must not exist yet, on the same file system. After a crash it
 // may be left over.
 func Replace(fsys FS, temp, name string, data []byte, perm fs.FileMode) (err error) {

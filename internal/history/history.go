@@ -162,19 +162,10 @@ func (h *History) Save(file string) error {
 	text, err := json.Marshal(kept{h.minutes, h.hours})
 	h.mu.Unlock()
 	if err == nil {
-		err = replace(file, text)
+		err = durable.Rewrite(file, text, 0o640)
 	}
 	if err != nil {
 		return fmt.Errorf("writing the history: %w", err)
 	}
 	return nil
-}
-
-// replace puts text into the place of a file. There is one name for what isn't whole yet, so that what a killed server left goes with the next one.
-func replace(file string, text []byte) error {
-	unfinished := file + ".new"
-	if err := os.Remove(unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return durable.Replace(nil, unfinished, file, text, 0o640)
 }

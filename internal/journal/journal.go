@@ -27,6 +27,7 @@ const (
 	EventReloadFailed  = "reload-failed"  // it could not be, and what was before counts
 	EventKeysChanged   = "keys-changed"   // the trusted keys are others
 	EventPublisherDown = "publisher-down" // a host isn't asked for a while
+	EventWarmed        = "warmed"         // a list of images was fetched, or could not be
 	EventPublisherUp   = "publisher-up"   // a host that was down answers again
 	EventPinned        = "pinned"         // an image isn't evicted any more
 	EventUnpinned      = "unpinned"       // an image may be evicted again

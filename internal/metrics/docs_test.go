@@ -24,6 +24,7 @@ func everything() *Metrics {
 		return []web.Traffic{{What: "image", Requests: 3, Failures: 1, Bytes: 500}, {Requests: 1}}
 	})
 	m.Decided(fetch.Decision{Event: fetch.EventAccepted, Outcome: "accepted"})
+	m.Uploads(func() int { return 1 })
 	m.Answered(server.Access{Kind: server.KindImage, Verdict: "hit", Status: 200, Bytes: 100})
 	return m
 }

@@ -22,7 +22,10 @@ type Metrics struct {
 	evictions   *prometheus.CounterVec
 	evicted     *prometheus.CounterVec
 	flights     *prometheus.HistogramVec
+	warmed      *prometheus.CounterVec
 	requests    *requests
+	pushes      *prometheus.CounterVec
+	pushed      prometheus.Counter
 }
 
 // New returns counters at zero.
@@ -31,7 +34,7 @@ func New(version string) *Metrics {
 		registry: prometheus.NewRegistry(),
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "acproxy_decisions_total",
-			Help: "Decisions about images, by event (accepted, refused, quarantined, restored, inspected, passed, evicted, damaged) and outcome (trust's word for the verdict, or another reason).",
+			Help: "Decisions about images, by event (accepted, refused, quarantined, restored, inspected, passed, published, evicted, damaged) and outcome (trust's word for the verdict, or another reason).",
 		}, []string{"event", "outcome"}),
 		rktRefusals: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "acproxy_accepted_rkt_refuses_total",
@@ -54,9 +57,25 @@ func New(version string) *Metrics {
 			Help:    "Time that fetching an image took, from its publisher's answer to the verdict, by outcome (kept, or the code of the error).",
 			Buckets: []float64{.01, .1, .5, 1, 5, 15, 60, 300, 1800},
 		}, []string{"outcome"}),
+		warmed: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_warmed_images_total",
+			Help: "Images of lists that were fetched ahead, by what became of them (held, fetched, would, failed).",
+		}, []string{"outcome"}),
 		requests: newRequests(),
+		pushes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_pushes_total",
+			Help: "Uploads that have ended, by outcome (published, held, given-up, or the code of the error).",
+		}, []string{"outcome"}),
+		pushed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "acproxy_push_received_bytes_total",
+			Help: "Bytes of images that were uploaded.",
+		}),
 	}
+	m.pushes.WithLabelValues("published")
 	m.flights.WithLabelValues("kept")
+	for _, outcome := range []string{"held", "fetched", "failed"} {
+		m.warmed.WithLabelValues(outcome)
+	}
 	for _, reason := range []string{cache.ReasonNeeded, cache.ReasonHigh, cache.ReasonDiskFull, cache.ReasonAsked} {
 		m.evictions.WithLabelValues(cache.EvictImage, reason)
 		m.evicted.WithLabelValues(cache.EvictImage, reason)
@@ -73,7 +92,7 @@ func New(version string) *Metrics {
 		Name: "acproxy_build_info", Help: "Which acproxy this is; always 1.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	info.Set(1)
-	m.registry.MustRegister(m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.pushes, m.pushed, m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.warmed, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -89,6 +108,21 @@ func (m *Metrics) Decided(d fetch.Decision) {
 func (m *Metrics) Evicted(e cache.Eviction) {
 	m.evictions.WithLabelValues(e.Kind, e.Reason).Inc()
 	m.evicted.WithLabelValues(e.Kind, e.Reason).Add(float64(e.Bytes))
+}
+
+// Pushed counts an upload that has ended and, with "" as its outcome, bytes of images that came.
+func (m *Metrics) Pushed(outcome string, bytes int64) {
+	m.pushed.Add(float64(bytes))
+	if outcome != "" {
+		m.pushes.WithLabelValues(outcome).Inc()
+	}
+}
+
+// Uploads has the metrics tell how many uploads are in progress.
+func (m *Metrics) Uploads(inProgress func() int) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "acproxy_uploads", Help: "Uploads in progress.",
+	}, func() float64 { return float64(inProgress()) }))
 }
 
 // Rejudged notes how many held images the keys don't accept.

@@ -112,6 +112,9 @@ func (m *Metrics) Totals() (t history.Totals) {
 	return t
 }
 
+// Warmed counts what became of an image of a list that was fetched ahead.
+func (m *Metrics) Warmed(outcome string) { m.warmed.WithLabelValues(outcome).Inc() }
+
 // Landed counts a fetch of an image that has ended.
 func (m *Metrics) Landed(took time.Duration, err error) {
 	outcome := "kept"

@@ -289,7 +289,7 @@ func (p *Page) refusals(w http.ResponseWriter, r *http.Request, v admin.View) er
 func kinds() []string {
 	return []string{
 		fetch.EventAccepted, fetch.EventRefused, fetch.EventQuarantined, fetch.EventRestored, fetch.EventInspected, fetch.EventPassed, fetch.EventEvicted, fetch.EventDamaged,
-		journal.EventPinned, journal.EventUnpinned, journal.EventDeleted, journal.EventPublisherDown, journal.EventPublisherUp, journal.EventKeysChanged, journal.EventReloaded,
+		journal.EventPinned, journal.EventUnpinned, journal.EventDeleted, journal.EventWarmed, journal.EventPublisherDown, journal.EventPublisherUp, journal.EventKeysChanged, journal.EventReloaded,
 		journal.EventReloadFailed, journal.EventStarted,
 	}
 }

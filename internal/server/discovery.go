@@ -15,6 +15,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/discovery"
+	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/trust"
 )
 
@@ -35,8 +36,8 @@ func (s *Server) discovery(w http.ResponseWriter, r *http.Request) error {
 	keyring, base := s.cfg.Keyring(), s.publicBase(r)
 	key := pageKey{requestScheme(r), r.Host, name}
 	p, ok := s.pages.Get(key)
-	if !ok || p.keyring != keyring || !slices.Equal(p.templates, found.Templates) || !p.until.IsZero() && !s.now().Before(p.until) {
-		if p, err = s.makePage(r, name, base, keyring, found.Templates); err != nil {
+	if !ok || p.keyring != keyring || p.local != found.Local || !slices.Equal(p.templates, found.Templates) || !p.until.IsZero() && !s.now().Before(p.until) {
+		if p, err = s.makePage(r, name, base, keyring, found); err != nil {
 			return err
 		}
 		if len(r.Host)+len(name) <= maxMemoURL {
@@ -55,19 +56,26 @@ type pageKey struct{ scheme, host, name string }
 type page struct {
 	keyring   *trust.Keyring
 	templates []discovery.Template // the publisher's
-	until     time.Time            // when one of its keys expires; zero if none does
+	local     bool
+	until     time.Time // when one of its keys expires; zero if none does
 	served    *small
 }
 
-func (s *Server) makePage(r *http.Request, name, base string, keyring *trust.Keyring, publisher []discovery.Template) (*page, error) {
-	p := &page{keyring: keyring, templates: publisher}
-	content := discoveryPage{Name: name}
+func (s *Server) makePage(r *http.Request, name, base string, keyring *trust.Keyring, found fetch.Discovery) (*page, error) {
+	publisher := found.Templates
+	p := &page{keyring: keyring, templates: publisher, local: found.Local}
+	content := discoveryPage{Name: name, Local: found.Local}
 	for _, t := range rewrite(publisher, base, name) {
 		content.Tags = append(content.Tags, tag{Name: "ac-discovery", Content: t.Prefix + " " + t.URL})
 	}
 	content.Keys, p.until = s.keyTags(r, keyring, name)
 	for _, k := range content.Keys {
 		content.Tags = append(content.Tags, tag{Name: "ac-discovery-pubkeys", Content: k.Content})
+	}
+	if found.Local {
+		publisher = nil
+		// Every client of acpush has these labels; what others an image has, its manifest says.
+		content.Tags = append(content.Tags, tag{Name: "ac-push-discovery", Content: found.Prefix + " " + s.ownBase(r) + PushPath + "{name}?version={version}&os={os}&arch={arch}"})
 	}
 	for _, t := range publisher {
 		content.Publisher = append(content.Publisher, t.URL)
@@ -90,6 +98,15 @@ func requestName(r *http.Request) (string, error) {
 		return "", acproxy.Invalid("the path is not percent-encoded properly: %v", err)
 	}
 	name := strings.TrimSuffix(requestHost(r)+path, "/")
+	return name, acproxy.CheckName(name)
+}
+
+// pathName returns the image name that a path is.
+func pathName(escaped string) (string, error) {
+	name, err := url.PathUnescape(escaped)
+	if err != nil {
+		return "", acproxy.Invalid("the path is not percent-encoded properly: %v", err)
+	}
 	return name, acproxy.CheckName(name)
 }
 
@@ -146,10 +163,7 @@ type keyTag struct {
 // URLs stay with the host the client came by, because rkt reads keys over https only, whatever public_url says of the images. until is when the first
 // of them expires.
 func (s *Server) keyTags(r *http.Request, keyring *trust.Keyring, name string) (found []keyTag, until time.Time) {
-	base := requestScheme(r) + "://" + r.Host
-	if u := s.cfg.PublicURL; u != nil && u.Scheme == "https" {
-		base = s.publicBase(r)
-	}
+	base := s.ownBase(r)
 	var tags, unreadable []keyTag
 	for _, key := range keyring.Keys(name) {
 		if key.Revoked || !key.Expires.IsZero() && !s.now().Before(key.Expires) {
@@ -179,6 +193,7 @@ type tag struct{ Name, Content string }
 type discoveryPage struct {
 	Name      string
 	Tags      []tag
+	Local     bool // it is published here
 	Publisher []string
 	Keys      []keyTag
 }
@@ -201,8 +216,10 @@ once from its publisher, checks that a trusted key signed it, and keeps it. The 
 <table><tr><th>Tag<th>Prefix and template</tr>
 {{range .Tags}}<tr><td>{{.Name}}<td><code>{{.Content}}</code></tr>
 {{end}}</table>
-<h2>The publisher keeps them at</h2>
-<ol>
+{{if .Local}}<h2>They are published here</h2>
+<p>Images are pushed with <code>acproxy push</code>, or with any client of acpush; nobody else is asked for them.</p>
+{{else}}<h2>The publisher keeps them at</h2>
+{{end}}<ol>
 {{range .Publisher}}<li><code>{{.}}</code>
 {{end}}</ol>
 <h2>Keys trusted for this name</h2>

@@ -33,11 +33,12 @@ const (
 	KindPage      = "page" // a discovery page
 	KindSignature = "signature"
 	KindImage     = "image"
+	KindPush      = "push" // what is about an upload
 	KindOther     = "other"
 )
 
 // Kinds are the kinds of what is asked for.
-func Kinds() []string { return []string{KindPage, KindSignature, KindImage, KindOther} }
+func Kinds() []string { return []string{KindPage, KindSignature, KindImage, KindPush, KindOther} }
 
 // kindOf returns the kind of what an extension stands for.
 func kindOf(ext string) string {

@@ -58,9 +58,12 @@ type Config struct {
 	Patience Patience     // with clients
 	Limits   Limits       // of clients
 	Traces   *tracing.Exporter
-	Access   func(Access)     // is told of each request when it was answered; nil means nobody is told
-	Log      *slog.Logger     // nil means slog.Default
-	Now      func() time.Time // nil means time.Now
+	Push     Push // what they may upload
+	// Pushed is told of each upload when it has ended, in a word, and of the bytes of images that came, with "". nil means nobody is told.
+	Pushed func(outcome string, bytes int64)
+	Access func(Access)     // is told of each request when it was answered; nil means nobody is told
+	Log    *slog.Logger     // nil means slog.Default
+	Now    func() time.Time // nil means time.Now
 }
 
 // A Server answers nodes. It is safe for concurrent use.
@@ -81,6 +84,7 @@ type Server struct {
 
 	buffers sync.Pool             // for what is encrypted
 	rates   atomic.Pointer[rates] // nil if there is no limit
+	uploads *uploads
 
 	inner *inner // serves terminated CONNECT connections; nil if none are
 
@@ -105,6 +109,7 @@ func New(cfg Config) *Server {
 	s.helds, s.brisk = memo.New[heldKey, http.Header](maxMemo), newBriskMemo()
 	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
 	s.SetRate(cfg.Limits.Rate, cfg.Limits.Burst)
+	s.uploads = newUploads(cfg.Fetcher, cfg.Push, cfg.Pushed)
 	s.router = s.routes()
 	if cfg.Certificate != nil && cfg.ImageHost != nil {
 		s.inner = newInner(s)
@@ -112,8 +117,12 @@ func New(cfg Config) *Server {
 	return s
 }
 
-// Close ends the connections that CONNECT requests were turned into, and waits for them.
+// Uploads returns how many uploads are in progress.
+func (s *Server) Uploads() int { return s.uploads.inProgress() }
+
+// Close ends the connections that CONNECT requests were turned into, and the uploads in progress, and waits for them.
 func (s *Server) Close() error {
+	s.uploads.close()
 	s.cancel()
 	s.tunnels.Wait()
 	if s.inner == nil {
@@ -147,6 +156,7 @@ func (s *Server) routes() *mux.Router {
 	handle(router.MatcherFunc(isDiscovery), get(s.discovery))
 	handle(router.MatcherFunc(under(mesosPath)), get(s.mesos))
 	handle(router.MatcherFunc(under(keysPath)), get(s.key))
+	handle(router.MatcherFunc(under(PushPath)), s.push)
 	handle(router.Path(Root+"ca.pem"), get(s.caCertificate))
 	handle(router.Path(Root+"healthz"), get(s.health))
 	handle(router.Path(Root+"readyz"), get(s.ready))

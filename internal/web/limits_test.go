@@ -155,7 +155,7 @@ func TestPlaceIsGivenBack(t *testing.T) {
 				resp.Body.Close()
 			}},
 			{"HEAD", func(t *testing.T) {
-				if _, _, err := c.Head(t.Context(), "example.com", "image", "https://example.com/whole"); err != nil {
+				if _, _, _, err := c.Head(t.Context(), "example.com", "image", "https://example.com/whole"); err != nil {
 					t.Error(err)
 				}
 			}},
@@ -510,7 +510,7 @@ func TestDownloadsLeaveRoom(t *testing.T) {
 			}
 			read(t, resp)
 		}
-		if status, _, err := c.Head(t.Context(), "example.com", "image", "http://example.com/image"); status != 200 || err != nil {
+		if status, _, _, err := c.Head(t.Context(), "example.com", "image", "http://example.com/image"); status != 200 || err != nil {
 			t.Errorf("HEAD: %d, %v", status, err)
 		}
 		if took := time.Since(began); took != 0 {

@@ -49,6 +49,8 @@ type Rule struct {
 	Proxy *url.URL
 	// Allow lists addresses that may be dialled besides public ones.
 	Allow []netip.Prefix
+	// Nobody makes every request fail with acproxy.ErrOffline before any look-up or connection: there is nobody to ask.
+	Nobody bool
 }
 
 // Config says how a Client behaves. Its fields may not change after New.
@@ -275,15 +277,15 @@ func (c *Client) Get(ctx context.Context, name, what, rawURL string, header http
 	return c.do(ctx, http.MethodGet, name, what, rawURL, header)
 }
 
-// Head asks whether there is something at a URL, as [Client.Get] would, and returns the status.
-func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status int, trace acproxy.Trace, err error) {
+// Head asks whether there is something at a URL, as [Client.Get] would, and returns the status and the size: -1 if the publisher doesn't say.
+func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status int, size int64, trace acproxy.Trace, err error) {
 	resp, trace, err := c.do(ctx, http.MethodHead, name, what, rawURL, nil)
 	if err != nil {
-		return 0, trace, err
+		return 0, -1, trace, err
 	}
 	// There is no body to read, and nothing that closing it could say.
 	_ = resp.Body.Close()
-	return resp.StatusCode, trace, nil
+	return resp.StatusCode, resp.ContentLength, trace, nil
 }
 
 func (c *Client) do(ctx context.Context, method, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
@@ -337,6 +339,9 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 	cfg := &a.route.client.cfg
 	if cfg.Offline {
 		return nil, a.refuse(rawURL, acproxy.ErrOffline, "offline", "this side is set to be offline and asks no publisher for "+Redacted(rawURL))
+	}
+	if a.route.rule.Nobody {
+		return nil, a.refuse(rawURL, acproxy.ErrOffline, "published-here", "the images under "+a.route.rule.Prefix+" are published here, so nobody is asked for "+Redacted(rawURL))
 	}
 	a.left, a.queue, a.since = a.route.rule.Timeout, a.route.rule.Timeout, time.Now()
 	a.slow = time.AfterFunc(a.left, func() { a.cancel(errSlow) })

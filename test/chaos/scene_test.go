@@ -209,7 +209,7 @@ fetch: {retries: 3, retry_wait: 10ms, delivery: %[5]s}
 cache: {access_flush: 20ms, max_size: 1GiB, min_free: 0, grace: %[6]s}
 audit: {max_size: 1KiB, max_files: 2}
 log: {format: json, level: debug}
-publishers: [{prefix: %[1]s, ca_file: %[4]s}]
+publishers: [{prefix: %[1]s, ca_file: %[4]s}, {prefix: %[1]s/ours, publisher: local}]
 `, imageHost, address, w.path("keys"), w.path("publisher-ca.pem"), delivery, grace)
 }
 
