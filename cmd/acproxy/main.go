@@ -124,7 +124,7 @@ keeps exactly those bytes and serves them to every node, online or offline.
 	root.PersistentFlags().StringVar(&o.dataDir, "data-dir", "", "directory for everything acproxy keeps (default: data_dir of the configuration, else "+defaultDataDirText+")")
 	root.PersistentFlags().StringVar(&o.configFile, "config", "", "configuration file (default: none, all defaults)")
 	root.AddCommand(
-		newServe(o), newDemo(), newDrill(), newDiscover(o), newTrust(o), newToken(o), newVerify(o), newCA(o), newImages(o), newPin(o, true), newPin(o, false), newGC(o), newUsage(o), newRefusals(o), newPublishers(o), newFlights(o), newEvents(o), newConfig(o), newHealthcheck(o), newReload(o), newScrub(o), newFsck(o), newVersion(), newMan(), newExport(o), newImport(o), newWarm(o), newFetch(o), newMissing(o), newPush(o),
+		newServe(o), newDemo(), newDrill(), newOnSmallDisk(), newDiscover(o), newTrust(o), newToken(o), newVerify(o), newCA(o), newImages(o), newPin(o, true), newPin(o, false), newGC(o), newUsage(o), newRefusals(o), newPublishers(o), newFlights(o), newEvents(o), newConfig(o), newHealthcheck(o), newReload(o), newScrub(o), newFsck(o), newVersion(), newMan(), newExport(o), newImport(o), newWarm(o), newFetch(o), newMissing(o), newPush(o),
 	)
 	o.completeArguments(root)
 	return root
