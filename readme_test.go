@@ -32,7 +32,7 @@ func TestReadmeBeginsWithTwoCommands(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, command := range []string{"\ngo run ./cmd/acproxy demo --once\n", "=1 go test -race -timeout 12m ./...\n"} {
+	for _, command := range []string{"\ngo run ./cmd/acproxy demo --once\n", "=1 go test -race -timeout 12m \"${raced[@]}\"\n", "=1 go test -timeout 12m ./cmd/acproxy ./test/bench ./test/chaos\n"} {
 		if !strings.Contains(string(ci), command) {
 			t.Errorf(".ci/run doesn't call %q", strings.TrimSpace(command))
 		}

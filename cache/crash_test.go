@@ -16,6 +16,7 @@ import (
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/cache/cachetest"
 	"github.com/acproxy/acproxy/internal/durable/durabletest"
+	"github.com/acproxy/acproxy/internal/testtools"
 )
 
 // an operation changes a store that holds alpha 1, which is also the latest alpha, and beta 1.
@@ -316,7 +317,7 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 			{durabletest.Some(uint64(at)), nil}, {durabletest.Some(uint64(at) + 100), indexBefore},
 		}
 	}
-	if testing.Short() {
+	if testtools.Brief() {
 		crashes = crashes[:1]
 	}
 	for _, c := range crashes {

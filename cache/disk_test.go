@@ -27,6 +27,7 @@ import (
 	"github.com/acproxy/acproxy/cache/cachetest"
 	"github.com/acproxy/acproxy/internal/durable"
 	"github.com/acproxy/acproxy/internal/durable/durabletest"
+	"github.com/acproxy/acproxy/internal/testtools"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -804,7 +805,7 @@ func TestBrokenIndexLosesNothing(t *testing.T) {
 	try("it is garbage but for the meta pages", append(bytes.Clone(whole[:8192]), garbage[8192:]...))
 	try("it is zeros but for the meta pages", append(bytes.Clone(whole[:8192]), make([]byte, len(whole)-8192)...))
 	flips := 24
-	if testing.Short() {
+	if testtools.Brief() {
 		flips = 6
 	}
 	for range flips {

@@ -15,6 +15,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/acproxy/acproxy/internal/durable"
+	"github.com/acproxy/acproxy/internal/testtools"
 )
 
 // newTestIndex returns an empty index that is open.
@@ -235,7 +236,7 @@ func TestLooksBesideWrites(t *testing.T) {
 		})
 	}
 	n := uint64(400)
-	if testing.Short() {
+	if testtools.Brief() {
 		n = 100
 	}
 	for i := uint64(1); i <= n; i++ {
@@ -271,7 +272,7 @@ func TestBrokenPagesDontLie(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "broken.db")
 	found, unseen := 0, 0
 	flips := 120
-	if testing.Short() {
+	if testtools.Brief() {
 		flips = 30
 	}
 	for i := range flips {

@@ -300,7 +300,7 @@ func (c *crowd) after() {
 
 func TestQuotaHoldsUnderLoad(t *testing.T) {
 	steps := 150
-	if testing.Short() {
+	if testtools.Brief() {
 		steps = 50
 	}
 	for _, tt := range []struct {
@@ -366,7 +366,7 @@ func tmpfs(t *testing.T, bytes int64) string {
 // without any, where the store has to make room when the disk says so.
 func TestSmallFileSystem(t *testing.T) {
 	steps := 150
-	if testing.Short() {
+	if testtools.Brief() {
 		steps = 40
 	}
 	taken := func(t *testing.T, dir string) int64 {

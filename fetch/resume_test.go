@@ -14,6 +14,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
+	"github.com/acproxy/acproxy/internal/testtools"
 	"github.com/acproxy/acproxy/test/publisher"
 	"github.com/acproxy/acproxy/trust/trusttest"
 )
@@ -152,7 +153,7 @@ func TestResetAtEveryByte(t *testing.T) {
 	switch {
 	case os.Getenv("ACPROXY_CHAOS") != "":
 		step = 1
-	case testing.Short():
+	case testtools.Brief():
 		step = 13
 	}
 	s := newScene(t)

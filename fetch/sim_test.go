@@ -24,6 +24,7 @@ import (
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
 	"github.com/acproxy/acproxy/internal/durable"
+	"github.com/acproxy/acproxy/internal/testtools"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 	"github.com/acproxy/acproxy/trust/trusttest"
@@ -437,7 +438,7 @@ func TestSimulation(t *testing.T) {
 	if n, err := strconv.ParseUint(os.Getenv(simSeedEnv), 10, 64); err == nil {
 		first = n
 	}
-	if testing.Short() {
+	if testtools.Brief() {
 		runs = min(runs, 5)
 	}
 	t.Logf("%d runs, seeds from %d on", runs, first)

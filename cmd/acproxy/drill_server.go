@@ -36,7 +36,6 @@ type act struct {
 	node     *node.Node
 	server   *child // nil while none runs
 	before   map[string]string
-	lasts    time.Duration // how long the last key was made to be good
 	report   rehearsal
 }
 

@@ -1,4 +1,4 @@
-// Package testtools tells tests whether the programs that they need are installed.
+// Package testtools tells tests whether the programs that they need are installed, and how much time they may take.
 package testtools
 
 import (
@@ -23,3 +23,7 @@ func Need(tb testing.TB, names ...string) {
 		tb.Skipf("%s is not installed", name)
 	}
 }
+
+// Brief says whether a test that tries the same with a lot of data should do so with less of it: with -short, and under the race detector, which sees
+// nothing new in it.
+func Brief() bool { return testing.Short() || Raced }

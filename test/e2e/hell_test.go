@@ -16,6 +16,7 @@ import (
 
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/internal/admin"
+	"github.com/acproxy/acproxy/internal/testtools"
 )
 
 // chaos names the environment variable that asks for the long form of the tests in which everybody misbehaves: all offsets instead of some, more clients,
@@ -163,7 +164,7 @@ func (s *scene) watch() (stop func() int64) {
 // wantPeak checks by how much memory grew. A binary that looks for races takes many times as much.
 func wantPeak(t testing.TB, grown, most int64) {
 	t.Helper()
-	if raceEnabled {
+	if testtools.Raced {
 		most *= 6
 	}
 	if grown > most {

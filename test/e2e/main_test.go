@@ -12,6 +12,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"github.com/acproxy/acproxy/internal/testtools"
 )
 
 // coverDir names the environment variable that asks for coverage of the server under test; what it names is where the counters go.
@@ -38,7 +40,7 @@ func buildAndRun(m *testing.M) (code int, err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	binary = filepath.Join(dir, "acproxy")
 	args := []string{"build", "-o", binary}
-	if raceEnabled {
+	if testtools.Raced {
 		args = append(args, "-race")
 	}
 	if os.Getenv(coverDir) != "" {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/acproxy/acproxy/internal/testtools"
 	"github.com/acproxy/acproxy/test/node"
 	"github.com/acproxy/acproxy/test/publisher"
 	"github.com/acproxy/acproxy/trust/trusttest"
@@ -133,7 +134,7 @@ func TestKeyIsTakenBack(t *testing.T) {
 	}
 	removed := time.Now()
 	eventually(t, "the image is refused", func() bool { return s.get(s.direct(im, "aci")).Status == http.StatusForbidden })
-	if took := time.Since(removed); took > time.Second && !raceEnabled {
+	if took := time.Since(removed); took > time.Second && !testtools.Raced {
 		t.Errorf("it took %v until the key no longer counted, want a second at most", took)
 	}
 	wantProblem(t, s.get(s.direct(im, "aci")), http.StatusForbidden, "unknown-key")
