@@ -109,7 +109,7 @@ func (s *Server) describeWarm(a huma.API) {
 
 // Warm has the server fetch a list of images.
 func (c *Client) Warm(spec warm.Spec) (job warm.Job, err error) {
-	err = c.patient().put(context.Background(), http.MethodPost, "warm", spec, &job)
+	err = c.patient().post(context.Background(), "warm", spec, &job)
 	return job, err
 }
 
