@@ -308,6 +308,8 @@ func TestRights(t *testing.T) {
 		{"GET", "/api/v1/missing", 200, statuses{200, 200, 200, 200}},
 		{"DELETE", "/api/v1/missing", 403, statuses{401, 403, 403, 204}},
 		{"GET", "/api/v1/usage", 200, statuses{401, 403, 403, 200}},
+		{"GET", "/api/v1/holdings", 403, statuses{401, 403, 403, 200}},
+		{"POST", `/api/v1/export {"all":true}`, 403, statuses{401, 403, 403, 200}},
 		{"GET", "/api/v1/gc", 200, statuses{401, 403, 403, 200}},
 		{"GET", "/api/v1/publishers", 200, statuses{401, 403, 403, 200}},
 		{"GET", "/api/v1/traffic", 200, statuses{401, 403, 403, 200}},

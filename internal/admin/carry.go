@@ -11,14 +11,12 @@ import (
 	"net/http"
 	"net/textproto"
 	"reflect"
-	"slices"
 	"sync"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humamux"
 
 	"github.com/acproxy/acproxy"
-	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/access"
@@ -26,9 +24,12 @@ import (
 	"github.com/acproxy/acproxy/internal/bundle"
 )
 
-// Export returns what of a choice the client may have carried away.
+// Export returns what of a choice is to be carried away. That takes as much memory as all that is held may need, so it is for who administers the server.
 func (v View) Export(ctx context.Context, choice airgap.Choice) (airgap.Waybill, error) {
-	cargo, err := airgap.Choose(ctx, readableOrigin{v.s.o.Origin, v}, choice)
+	if err := v.administer("export images"); err != nil {
+		return airgap.Waybill{}, err
+	}
+	cargo, err := airgap.Choose(ctx, v.s.o.Origin, choice)
 	if err != nil {
 		return airgap.Waybill{}, err
 	}
@@ -40,43 +41,16 @@ type Holdings struct {
 	Images []bundle.Held `json:"images"`
 }
 
-// Holdings returns what of the store the client may have.
+// Holdings returns what the store holds, for who administers the server.
 func (v View) Holdings(ctx context.Context) (Holdings, error) {
-	r, err := airgap.Receipt(ctx, readableOrigin{v.s.o.Origin, v})
+	if err := v.administer("list all that is held"); err != nil {
+		return Holdings{}, err
+	}
+	r, err := airgap.Receipt(ctx, v.s.o.Origin)
 	if err != nil {
 		return Holdings{}, err
 	}
 	return Holdings{append([]bundle.Held{}, r.Images...)}, nil
-}
-
-// readableOrigin is what of an origin a client may know of.
-type readableOrigin struct {
-	airgap.Origin
-	v View
-}
-
-func (o readableOrigin) readable(records []cache.Record) []cache.Record {
-	return slices.DeleteFunc(slices.Clone(records), func(rec cache.Record) bool { return !o.v.reads(rec.Name) })
-}
-
-// Images implements [airgap.Origin].
-func (o readableOrigin) Images(filter cache.Filter, after string, limit int) ([]cache.Record, string, error) {
-	records, next, err := o.Origin.Images(filter, after, limit)
-	return o.readable(records), next, err
-}
-
-// Resolve implements [airgap.Origin].
-func (o readableOrigin) Resolve(ctx context.Context, ref acproxy.Ref) (cache.Resolution, cache.Record, error) {
-	if !o.v.reads(ref.Name()) {
-		return cache.Resolution{}, cache.Record{}, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "not-held", Detail: ref.String() + " is not held here"}
-	}
-	return o.Origin.Resolve(ctx, ref)
-}
-
-// Match implements [airgap.Origin].
-func (o readableOrigin) Match(ref acproxy.Ref) ([]cache.Record, error) {
-	records, err := o.Origin.Match(ref)
-	return o.readable(records), err
 }
 
 // brings returns why the client may not bring an image, nil if it may.
@@ -154,14 +128,14 @@ type importInput struct {
 func (s *Server) describeCarriage(a huma.API) {
 	register(s, a, huma.Operation{
 		OperationID: "export", Method: http.MethodPost, Path: "export", Tags: []string{tagCarriage}, Summary: "Say what an export carries", MaxBodyBytes: maxWarmBody,
-		Description: "What is chosen, and what it depends on, as far as the client may read it. The bytes and signatures are those of the images. What can't be carried is in the answer, and no error.",
+		Description: "What is chosen, and what it depends on. The bytes and signatures are those of the images. What can't be carried is in the answer, and no error. Needs the right admin.",
 	}, func(v View, ctx context.Context, in *struct{ Body airgap.Choice }) (airgap.Waybill, error) {
 		ctx, done := s.listening(ctx)
 		defer done()
 		return v.Export(ctx, in.Body)
 	})
 	register(s, a, huma.Operation{
-		OperationID: "show-holdings", Method: http.MethodGet, Path: "holdings", Tags: []string{tagCarriage}, Summary: "Say what is held and would be served", Description: "What a receipt is made of.",
+		OperationID: "show-holdings", Method: http.MethodGet, Path: "holdings", Tags: []string{tagCarriage}, Summary: "Say what is held and would be served", Description: "What a receipt is made of. Needs the right admin.",
 	}, func(v View, ctx context.Context, _ *nothing) (Holdings, error) {
 		ctx, done := s.listening(ctx)
 		defer done()
@@ -240,20 +214,20 @@ func (s *Server) importImage(r *http.Request, verify bool) (taken fetch.Taken, e
 		if err == nil {
 			err = v.VerifyCarried(ctx, c, body)
 		}
-		if err != nil {
-			drain(r)
-		}
+		drain(ctx, r, err)
 		return taken, err
 	}
 	taken, err = v.TakeIn(ctx, c, open)
-	if err != nil {
-		drain(r)
-	}
+	drain(ctx, r, err)
 	return taken, err
 }
 
 // drain reads what a client still sends, so that it gets to reading why that isn't wanted.
-func drain(r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }
+func drain(ctx context.Context, r *http.Request, why error) {
+	if why != nil && ctx.Err() == nil {
+		_, _ = io.Copy(io.Discard, r.Body)
+	}
+}
 
 // readCarried reads what is said of an image that is brought.
 func readCarried(parts *multipart.Reader) (c fetch.Carried, err error) {
