@@ -44,6 +44,7 @@ var layers = map[string][]string{
 	"internal/history": {"internal/durable"},
 	"internal/missing": {".", "internal/durable"},
 	"internal/localca": {".", "internal/durable"},
+	"internal/acme":    {"internal/durable"},
 	"internal/config":  {".", "internal/listen"},
 
 	"internal/bundle": {".", "internal/durable"},
@@ -62,13 +63,14 @@ var layers = map[string][]string{
 
 	// Demo and drill play publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/acpush", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/tracing", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/missing", "internal/warm",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/acme", "internal/acpush", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/tracing", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/missing", "internal/warm",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
 	// Material for tests. Publisher and node know nothing of the proxy that is tested with them. What else lies under test/ may look at everything.
 	"internal/testtools":           {},
 	"internal/aci/acitest":         {"."},
+	"internal/acme/acmetest":       {},
 	"internal/durable/durabletest": {"internal/durable"},
 	"trust/trusttest":              {},
 	"cache/cachetest":              {".", "cache", "internal/durable"},
@@ -89,6 +91,7 @@ var reserved = map[string][]string{
 	"github.com/patrickmn/go-cache":    {"discovery", "fetch"},
 	"github.com/goccy/go-yaml":         {"internal/config", "internal/warm"},
 	"github.com/robfig/cron":           {"internal/config", "internal/warm"},
+	"github.com/mholt/acmez":           {"internal/acme"},
 	"github.com/spf13/cobra":           {"cmd/acproxy"},
 	"golang.org/x/net/html":            {"discovery"},
 	"github.com/ulikunitz/xz":          {"internal/aci"},

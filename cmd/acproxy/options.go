@@ -47,7 +47,7 @@ func fillDirs(cfg *config.Config) error {
 		path *string
 		name string
 	}{
-		{&cfg.CA.Dir, "ca"}, {&cfg.Trust.LocalDir, "trustedkeys"}, {&cfg.Admin.Socket, "admin.sock"}, {&cfg.Audit.File, "audit.log"}, {&cfg.Access.TokensFile, "tokens"},
+		{&cfg.CA.Dir, "ca"}, {&cfg.ACME.Dir, "acme"}, {&cfg.Trust.LocalDir, "trustedkeys"}, {&cfg.Admin.Socket, "admin.sock"}, {&cfg.Audit.File, "audit.log"}, {&cfg.Access.TokensFile, "tokens"},
 	} {
 		if *p.path == "" {
 			*p.path = filepath.Join(cfg.DataDir, p.name)

@@ -27,13 +27,13 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/access"
+	"github.com/acproxy/acproxy/internal/acme"
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/config"
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/listen"
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/page"
-	"github.com/acproxy/acproxy/internal/reread"
 	"github.com/acproxy/acproxy/internal/server"
 	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/trust"
@@ -117,6 +117,8 @@ type running struct {
 
 	reloader     *reloader
 	certificates []preparer
+	shown        []func() *tls.Certificate // those of files
+	acme         *acme.Client              // nil if no address wants any of its certificates
 }
 
 type bound struct {
@@ -160,6 +162,10 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 			return err
 		}
 	}
+	if err := n.openACME(cfg, log); err != nil {
+		cancel()
+		return err
+	}
 	n.server = server.New(n.serverConfig(cfg, log, access))
 	n.parts.metrics.Uploads(n.server.Uploads)
 	n.stopWork = cancel
@@ -196,7 +202,12 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 			return err
 		}
 	}
-	return n.openAdmin(ctx, cfg, log)
+	if err := n.openAdmin(ctx, cfg, log); err != nil {
+		return err
+	}
+	n.parts.metrics.Certificates(n.shownCertificates)
+	n.renew(ctx, cfg, log)
+	return nil
 }
 
 // openAdmin lets operators, Prometheus and acproxy's own commands look in.
@@ -253,7 +264,7 @@ func (n *running) listenForOperators(ctx context.Context, l config.AdminListen) 
 	scheme := "http"
 	if front.TLS != config.TLSNone {
 		scheme = "https"
-		if hs.TLSConfig, err = n.tlsConfig(front); err != nil {
+		if err := n.useTLS(hs, front); err != nil {
 			return errors.Join(fmt.Errorf("listening on %s: %w", l.Address, err), closeAll(listeners))
 		}
 	}
@@ -378,7 +389,7 @@ func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func
 		Push: server.Push{
 			MaxUploads: cfg.Push.MaxUploads, Timeout: time.Duration(cfg.Push.Timeout), MaxManifest: int64(cfg.Fetch.Limits.MaxManifest), MaxSignature: int64(cfg.Fetch.MaxSignatureSize),
 		},
-		Pushed:  n.parts.metrics.Pushed,
+		Pushed: n.parts.metrics.Pushed, Challenge: n.challenged(),
 		AllKeys: cfg.Trust.Publish == config.PublishAll, ImageHost: imageHosts(cfg.Proxy.Hosts, n.parts.ca),
 	}
 	if cfg.PublicURL != "" {
@@ -474,11 +485,9 @@ func (n *running) serve(l config.Listen, listener net.Listener, log *slog.Logger
 	scheme := "http"
 	if l.TLS != config.TLSNone {
 		scheme = "https"
-		tlsConfig, err := n.tlsConfig(l)
-		if err != nil {
+		if err := n.useTLS(hs, l); err != nil {
 			return err
 		}
-		hs.TLSConfig = tlsConfig
 	}
 	_, early := listen.SystemdName(l.Address)
 	listener, err := n.server.Admit(listener, early)
@@ -530,37 +539,36 @@ func public(addr net.Addr) bool {
 	return err == nil && !ap.Addr().IsLoopback()
 }
 
-func (n *running) tlsConfig(l config.Listen) (*tls.Config, error) {
+// useTLS has a server speak TLS as its address is configured.
+func (n *running) useTLS(hs *http.Server, l config.Listen) error {
 	out := server.TLS()
+	hs.TLSConfig = out
 	if l.ClientCAFile != "" {
 		var err error
 		if out.ClientCAs, err = rootsOf(x509.NewCertPool(), l.ClientCAFile); err != nil {
-			return nil, err
+			return err
 		}
 		out.ClientAuth = tls.VerifyClientCertIfGiven
 		if slices.Equal(l.Auth, []string{config.AuthCertificate}) {
 			out.ClientAuth = tls.RequireAndVerifyClientCert
 		}
 	}
-	if l.TLS == config.TLSLocalCA {
+	switch l.TLS {
+	case config.TLSACME:
+		return n.useACME(hs, l)
+	case config.TLSLocalCA:
 		if n.parts.ca == nil {
-			return nil, errors.New("tls: local-ca needs the local CA, which isn't there; make it with: acproxy ca init --host HOST")
+			return errors.New("tls: local-ca needs the local CA, which isn't there; make it with: acproxy ca init --host HOST")
 		}
 		out.GetCertificate = n.parts.ca.GetCertificate
-		return out, nil
+		return nil
 	}
-	cert, err := reread.Open([]string{l.CertFile, l.KeyFile}, func() (*tls.Certificate, error) {
-		cert, err := tls.LoadX509KeyPair(l.CertFile, l.KeyFile)
-		return &cert, err
-	}, func(err error) {
-		n.parts.log.Error("a certificate has changed and can't be read; the one before goes on being used", "cert_file", l.CertFile, "key_file", l.KeyFile, "err", err)
-	})
+	cert, err := n.certificateFiles(l)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	n.certificates = append(n.certificates, cert)
 	out.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert.Get(), nil }
-	return out, nil
+	return nil
 }
 
 // addresses returns the URLs of the listeners.

@@ -28,6 +28,7 @@ import (
 func (c *Config) check(r *report) {
 	c.checkWords(r, reflect.ValueOf(c).Elem(), "")
 	c.checkListen(r)
+	c.checkACME(r)
 	c.checkFrontDoors(r)
 	c.checkClients(r)
 	c.checkDial(r)
@@ -124,13 +125,13 @@ func (c *Config) checkListen(r *report) {
 		switch {
 		case l.TLS == TLSFiles && l.CertFile == "" && l.KeyFile == "":
 			r.value(path+".tls", "tls: files needs cert_file and key_file: add them, or write tls: local-ca for certificates made here")
-		case l.TLS == TLSFiles && l.CertFile == "":
+		case l.certificates() && l.CertFile == "" && l.KeyFile != "":
 			r.key(path+".key_file", "there is a key_file without a cert_file: add the certificate that it belongs to")
-		case l.TLS == TLSFiles && l.KeyFile == "":
+		case l.certificates() && l.KeyFile == "" && l.CertFile != "":
 			r.key(path+".cert_file", "there is a cert_file without a key_file: add the key that it belongs to")
-		case l.TLS != TLSFiles && l.CertFile != "":
+		case !l.certificates() && l.CertFile != "":
 			r.key(path+".cert_file", "a cert_file is used with tls: files only, and this is tls: %s: write tls: files, or remove it", l.TLS)
-		case l.TLS != TLSFiles && l.KeyFile != "":
+		case !l.certificates() && l.KeyFile != "":
 			r.key(path+".key_file", "a key_file is used with tls: files only, and this is tls: %s: write tls: files, or remove it", l.TLS)
 		}
 		c.checkAuth(r, path, l.Listen)
@@ -142,6 +143,9 @@ type listener struct {
 	path string
 	Listen
 }
+
+// certificates reports whether it may have a certificate of its own.
+func (l listener) certificates() bool { return l.TLS == TLSFiles || l.TLS == TLSACME }
 
 // listeners returns all of them.
 func (c *Config) listeners() []listener {
@@ -870,6 +874,9 @@ func (c *Config) paths() []pathValue {
 		{"data_dir", &c.DataDir},
 		{"admin.socket", &c.Admin.Socket},
 		{"ca.dir", &c.CA.Dir},
+		{"acme.ca_file", &c.ACME.CAFile},
+		{"acme.eab_key_file", &c.ACME.EABKeyFile},
+		{"acme.dir", &c.ACME.Dir},
 		{"trust.system_dir", &c.Trust.SystemDir},
 		{"trust.local_dir", &c.Trust.LocalDir},
 		{"access.users_file", &c.Access.UsersFile},
@@ -957,7 +964,7 @@ func (c *Config) checkFiles(r *report) {
 		}
 	}
 	for _, l := range c.listeners() {
-		if l.TLS != TLSFiles || r.broken(l.path) {
+		if !l.certificates() || l.CertFile == "" || l.KeyFile == "" || r.broken(l.path) {
 			continue
 		}
 		cert, errCert := readPEM(l.CertFile)
@@ -978,6 +985,7 @@ func (c *Config) checkFiles(r *report) {
 	for _, l := range c.listeners() {
 		checkCAFile(r, l.path+".client_ca_file", l.ClientCAFile)
 	}
+	c.checkACMEFiles(r)
 	for i, p := range c.Publishers {
 		checkCAFile(r, index("publishers", i)+".ca_file", p.CAFile)
 	}

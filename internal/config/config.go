@@ -15,6 +15,13 @@ const (
 	TLSNone    = "none"
 	TLSLocalCA = "local-ca"
 	TLSFiles   = "files"
+	TLSACME    = "acme"
+)
+
+// Values of [ACME.Challenges].
+const (
+	ChallengeTLSALPN01 = "tls-alpn-01"
+	ChallengeHTTP01    = "http-01"
 )
 
 // Values of [HostCredentials.Type].
@@ -112,6 +119,10 @@ type Config struct {
 	// The local certificate authority, made by: acproxy ca init.
 	CA CA `yaml:"ca"`
 
+	// Certificates for this server's own names from an ACME server, such as Let's Encrypt or one of your own, for addresses with tls: acme. They are renewed in
+	// time. With offline nobody is asked for any.
+	ACME ACME `yaml:"acme"`
+
 	// The proxy front door: what nodes reach by HTTP_PROXY and HTTPS_PROXY.
 	Proxy Proxy `yaml:"proxy"`
 
@@ -175,13 +186,14 @@ type Listen struct {
 	// Permissions of a unix socket, in octal. Whoever may write to it can connect. Of no other address.
 	Mode Mode `yaml:"mode"`
 
-	// Whether and with which certificates TLS is spoken: none, local-ca (made for each host by the local CA) or files.
-	TLS string `yaml:"tls" oneof:"none local-ca files"`
+	// Whether and with which certificates TLS is spoken: none, local-ca (made for each host by the local CA), files, or acme (issued for the names of
+	// acme.hosts; for all others cert_file if there is one, else the local CA).
+	TLS string `yaml:"tls" oneof:"none local-ca files acme"`
 
-	// The certificate and the chain above it in PEM, for tls: files. It is read again when it, or the key, has changed.
+	// The certificate and the chain above it in PEM, for tls: files, and for tls: acme if wanted. It is read again when it, or the key, has changed.
 	CertFile string `yaml:"cert_file"`
 
-	// The certificate's private key in PEM, for tls: files.
+	// The certificate's private key in PEM.
 	KeyFile string `yaml:"key_file"`
 
 	// Whether nodes may use this address as their HTTP proxy (CONNECT, and requests for whole URLs).
@@ -264,7 +276,7 @@ type AdminListen struct {
 	Mode Mode `yaml:"mode"`
 
 	// Whether and with which certificates TLS is spoken, as in listen.
-	TLS string `yaml:"tls" oneof:"none local-ca files"`
+	TLS string `yaml:"tls" oneof:"none local-ca files acme"`
 
 	// The certificate and the chain above it, as in listen.
 	CertFile string `yaml:"cert_file"`
@@ -287,6 +299,39 @@ func (l AdminListen) Front() Listen {
 // CA is where the local certificate authority is.
 type CA struct {
 	// Directory of ca.pem and ca-key.pem. Empty: ca in data_dir.
+	Dir string `yaml:"dir"`
+}
+
+// ACME is how certificates are had from an ACME server (RFC 8555).
+type ACME struct {
+	// URL of the server's directory. It may be at any address, and what it leads to elsewhere is within the rules of dial. The default is Let's Encrypt, which
+	// has https://acme-staging-v02.api.letsencrypt.org/directory to try things with.
+	Directory string `yaml:"directory"`
+
+	// Certificates in PEM that the ACME server itself is trusted by, beside the system's.
+	CAFile string `yaml:"ca_file"`
+
+	// Whether you agree to the terms of service of the server. Without that nobody is asked for anything.
+	AcceptTerms bool `yaml:"accept_terms"`
+
+	// E-mail address that the server may write to. Empty: none.
+	Email string `yaml:"email"`
+
+	// This server's own names, by which nodes and operators reach it, at most 100. For each a certificate is had, and for no other name, whatever clients ask
+	// for: publishers' names are for the local CA.
+	Hosts []string `yaml:"hosts"`
+
+	// How the ACME server is shown that a name is ours, in the order in which it is tried: tls-alpn-01 at the addresses with tls: acme, which it has to reach at
+	// port 443 of the name; http-01 at those of listen with tls: none, at port 80. Empty: tls-alpn-01, then http-01 if there is such an address.
+	Challenges []string `yaml:"challenges" oneof:"tls-alpn-01 http-01"`
+
+	// ID of the account that the server wants to be shown (external account binding). Empty: none.
+	EABKeyID string `yaml:"eab_key_id"`
+
+	// File with that account's key, in base64url, as the server's owner gives it.
+	EABKeyFile string `yaml:"eab_key_file"`
+
+	// Directory for the account's key, the certificates and theirs. Empty: acme in data_dir.
 	Dir string `yaml:"dir"`
 }
 
@@ -754,6 +799,7 @@ func Default() Config {
 	return Config{
 		Listen: []Listen{defaultListen()},
 		Admin:  Admin{Listen: []AdminListen{defaultAdminListen()}},
+		ACME:   ACME{Directory: "https://acme-v02.api.letsencrypt.org/directory"},
 		Clients: Clients{
 			HeaderTimeout: seconds(10),
 			IdleTimeout:   minutes(2),

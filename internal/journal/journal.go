@@ -22,16 +22,18 @@ const Capacity = 5000
 
 // Events beside those of package fetch: about the server as a whole, and what operators did.
 const (
-	EventStarted       = "started"        // the server
-	EventReloaded      = "reloaded"       // the configuration, and all that it names
-	EventReloadFailed  = "reload-failed"  // it could not be, and what was before counts
-	EventKeysChanged   = "keys-changed"   // the trusted keys are others
-	EventPublisherDown = "publisher-down" // a host isn't asked for a while
-	EventWarmed        = "warmed"         // a list of images was fetched, or could not be
-	EventPublisherUp   = "publisher-up"   // a host that was down answers again
-	EventPinned        = "pinned"         // an image isn't evicted any more
-	EventUnpinned      = "unpinned"       // an image may be evicted again
-	EventDeleted       = "deleted"        // an image was removed because somebody wanted it
+	EventStarted       = "started"            // the server
+	EventReloaded      = "reloaded"           // the configuration, and all that it names
+	EventReloadFailed  = "reload-failed"      // it could not be, and what was before counts
+	EventKeysChanged   = "keys-changed"       // the trusted keys are others
+	EventPublisherDown = "publisher-down"     // a host isn't asked for a while
+	EventWarmed        = "warmed"             // a list of images was fetched, or could not be
+	EventPublisherUp   = "publisher-up"       // a host that was down answers again
+	EventPinned        = "pinned"             // an image isn't evicted any more
+	EventCertificate   = "certificate-issued" // by an ACME server, for one of the server's own names
+	EventNoCertificate = "certificate-failed" // none was issued, and it is tried again
+	EventUnpinned      = "unpinned"           // an image may be evicted again
+	EventDeleted       = "deleted"            // an image was removed because somebody wanted it
 )
 
 // An Event is something that has happened.

@@ -260,6 +260,9 @@ func (c *CA) Hosts() []string { return c.hosts.names() }
 // Permits reports whether the CA may vouch for a host or IP address.
 func (c *CA) Permits(host string) bool { return c.hosts.permits(canonicalHost(host)) }
 
+// Name returns what people see in a list of certificates.
+func (c *CA) Name() string { return c.cert.Subject.CommonName }
+
 // NotAfter returns when the CA ends.
 func (c *CA) NotAfter() time.Time { return c.cert.NotAfter }
 

@@ -25,6 +25,9 @@ func everything() *Metrics {
 	})
 	m.Decided(fetch.Decision{Event: fetch.EventAccepted, Outcome: "accepted"})
 	m.Uploads(func() int { return 1 })
+	m.Certificates(func() []Certificate {
+		return []Certificate{{Source: "acme", Name: "images.example.com", NotAfter: time.Now()}}
+	})
 	m.Answered(server.Access{Kind: server.KindImage, Verdict: "hit", Status: 200, Bytes: 100})
 	return m
 }

@@ -26,6 +26,7 @@ type Metrics struct {
 	requests    *requests
 	pushes      *prometheus.CounterVec
 	pushed      prometheus.Counter
+	orders      *prometheus.CounterVec
 }
 
 // New returns counters at zero.
@@ -70,7 +71,13 @@ func New(version string) *Metrics {
 			Name: "acproxy_push_received_bytes_total",
 			Help: "Bytes of images that were uploaded.",
 		}),
+		orders: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "acproxy_acme_orders_total",
+			Help: "Attempts to have a certificate issued by the ACME server, by outcome (issued, failed).",
+		}, []string{"outcome"}),
 	}
+	m.orders.WithLabelValues("issued")
+	m.orders.WithLabelValues("failed")
 	m.pushes.WithLabelValues("published")
 	m.flights.WithLabelValues("kept")
 	for _, outcome := range []string{"held", "fetched", "failed"} {
@@ -92,7 +99,7 @@ func New(version string) *Metrics {
 		Name: "acproxy_build_info", Help: "Which acproxy this is; always 1.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	info.Set(1)
-	m.registry.MustRegister(m.pushes, m.pushed, m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.warmed, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.orders, m.pushes, m.pushed, m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.warmed, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 

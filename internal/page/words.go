@@ -131,9 +131,9 @@ func jobText(j warm.Job) state {
 // kindOf says how good or bad a kind of event is, in a word for its colour.
 func kindOf(event string) string {
 	switch event {
-	case "accepted", "restored", "publisher-up":
+	case "accepted", "restored", "publisher-up", "certificate-issued":
 		return "good"
-	case "refused", "quarantined", "damaged", "publisher-down", "reload-failed":
+	case "refused", "quarantined", "damaged", "publisher-down", "reload-failed", "certificate-failed":
 		return "bad"
 	case "evicted", "deleted", "passed":
 		return "warn"

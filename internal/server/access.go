@@ -25,10 +25,10 @@ func (f Front) auth() access.Method {
 	return f.Auth
 }
 
-// admit refuses clients that don't show who they are where everybody has to. Questions for the server's health are answered for all: those who put them can't
-// do more.
+// admit refuses clients that don't show who they are where everybody has to. Questions for the server's health are answered for all, and so are validators of an
+// ACME server: those who put them can't do more.
 func (s *Server) admit(w *recorder, r *http.Request) error {
-	if w.auth(r)&access.Anonymous != 0 || asksForHealth(r) {
+	if w.auth(r)&access.Anonymous != 0 || asksForHealth(r) || !toProxy(r) && s.validates(r) {
 		return nil
 	}
 	who, wrong := s.identify(w, r)

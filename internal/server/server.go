@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -53,6 +54,10 @@ type Config struct {
 	ImageHost   func(host string) bool                                      // whether the proxy front door answers for a host; nil means for none
 	Tunnel      bool                                                        // let other hosts through untouched
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // connects tunnels, within the dial rules
+
+	// Challenge returns what a validator of an ACME server is told at a path, by which it sees that a name is ours (RFC 8555, section 8.3). It is asked for the
+	// path of every request that nothing else answers, and of those of clients that don't show who they are. nil means that no validator is waited for.
+	Challenge func(path string) (text string, ok bool)
 
 	Ready    func() error // returns why not all of the work can be done; nil means that it always can
 	Patience Patience     // with clients
@@ -161,6 +166,7 @@ func (s *Server) routes() *mux.Router {
 	handle(router.Path(Root+"healthz"), get(s.health))
 	handle(router.Path(Root+"readyz"), get(s.ready))
 	handle(router.MatcherFunc(under(Root)), get(s.unknown))
+	handle(router.MatcherFunc(func(r *http.Request, _ *mux.RouteMatch) bool { return s.validates(r) }), get(s.validator))
 	handle(router.MatcherFunc(isImagePath), get(s.publisherURL))
 	handle(router.Path("/"), get(s.landing))
 	router.NotFoundHandler = s.wrap(get(s.unknown))
@@ -246,6 +252,25 @@ func (s *Server) ready(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	return s.health(w, r)
+}
+
+// validates reports whether a request is that of a validator of an ACME server, which is waited for. To all others there is nothing special about the path.
+func (s *Server) validates(r *http.Request) bool {
+	if s.cfg.Challenge == nil || r.URL.RawQuery != "" {
+		return false
+	}
+	_, ok := s.cfg.Challenge(r.URL.EscapedPath())
+	return ok
+}
+
+func (s *Server) validator(w http.ResponseWriter, r *http.Request) error {
+	text, ok := s.cfg.Challenge(r.URL.EscapedPath())
+	if !ok {
+		return s.unknown(w, r) // not waited for any more
+	}
+	w.Header().Set("Content-Type", "application/octet-stream")
+	_, err := io.WriteString(w, text)
+	return gone(err)
 }
 
 func (s *Server) caCertificate(w http.ResponseWriter, _ *http.Request) error {

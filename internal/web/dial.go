@@ -38,7 +38,7 @@ func proxyOf(ctx context.Context) *url.URL {
 
 // proxy returns the proxy for a URL, nil for none. It returns an error if the URL's host is one that must not be asked for, even through
 // a proxy.
-func (r *route) proxy(u *url.URL) (*url.URL, error) {
+func (r *route) proxy(ctx context.Context, u *url.URL) (*url.URL, error) {
 	host := normalHost(u.Hostname())
 	if _, ok := r.client.where(host, portOf(u)); ok {
 		return nil, nil
@@ -56,6 +56,8 @@ func (r *route) proxy(u *url.URL) (*url.URL, error) {
 	// Names are the proxy's to look up. An address is known here already, and the proxy stands where private ones may be reachable.
 	ip, isIP := literal(host)
 	switch {
+	case dialsNamed(ctx):
+		return proxy, nil
 	case isIP:
 		return proxy, r.check(host, ip)
 	case endsInNumber(host):
@@ -126,7 +128,7 @@ func (r *route) dial(ctx context.Context, network, addr string) (net.Conn, error
 		return nil, &dialError{err}
 	}
 	host = normalHost(host)
-	trusted := proxyOf(ctx) != nil
+	trusted := proxyOf(ctx) != nil || dialsNamed(ctx)
 	if at, ok := r.client.where(host, port); ok {
 		trusted = true
 		if host, port, err = net.SplitHostPort(at); err != nil {

@@ -452,7 +452,7 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 	a.trace = append(a.trace, acproxy.Attempt{What: a.what, URL: Redacted(u.String())})
 	last := &a.trace[len(a.trace)-1]
 	doing := "asking for " + last.URL
-	proxy, err := a.route.proxy(u)
+	proxy, err := a.route.proxy(a.ctx, u)
 	if err != nil {
 		last.Took = time.Since(began)
 		return nil, nil, a.explain(err, doing)
