@@ -26,10 +26,13 @@ func newReload(o *options) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "reload",
 		Short: "Have the running server read configuration, keys, users, tokens and certificates again",
-		Long: `reload has the running server read its configuration again, as SIGHUP does, with all that it names: trusted keys, users, tokens, certificates. If something
-of it is wrong, nothing changes, and it says what. What has changed is printed. These keys take effect at once: ` + strings.Join(reloadable(), ", ") + `. Of others
-it says that they need a restart.
-Requests and downloads in progress notice nothing.`,
+		Long: `reload has the running server read its configuration again, as SIGHUP does, with all that it names: trusted keys, users, tokens, certificates, credentials.
+If something of it is wrong, nothing changes, and it says what. What has changed is printed. These keys take effect at once:
+
+` + inLines(reloadable(), 100) + `
+
+Of others it says that they need a restart. Requests and downloads in progress go on by what they began with, but for trust: what is held, and what arrives,
+is judged by the policies of the moment. With offline nobody is dialled any more.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := o.load()
@@ -57,6 +60,22 @@ Requests and downloads in progress notice nothing.`,
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+// inLines writes words in lines of about so many bytes, each two spaces in.
+func inLines(words []string, width int) string {
+	var lines []string
+	line := " "
+	for i, word := range words {
+		if len(line)+len(word) > width {
+			lines, line = append(lines, line), " "
+		}
+		line += " " + word
+		if i < len(words)-1 {
+			line += ","
+		}
+	}
+	return strings.Join(append(lines, line), "\n")
 }
 
 // changeText is a change on one line.
@@ -287,11 +306,16 @@ func publisherDifferences(before, after []config.Publisher) (changes []admin.Cha
 
 // publisherText prints what is said of a publisher beside its prefix.
 func publisherText(p config.Publisher) string {
+	p.Prefix = ""
+	return sectionText(reflect.ValueOf(p), publisherValue)
+}
+
+// sectionText prints the keys of a section that say something.
+func sectionText(v reflect.Value, text func(key string, v reflect.Value) string) string {
 	var said []string
-	v := reflect.ValueOf(p)
 	for i := range v.NumField() {
-		if field := v.Type().Field(i).Tag.Get("yaml"); field != "prefix" && !v.Field(i).IsZero() {
-			said = append(said, field+": "+publisherValue(field, v.Field(i)))
+		if key := v.Type().Field(i).Tag.Get("yaml"); !v.Field(i).IsZero() {
+			said = append(said, key+": "+text(key, v.Field(i)))
 		}
 	}
 	return "{" + strings.Join(said, ", ") + "}"
@@ -318,6 +342,13 @@ func publisherValue(key string, v reflect.Value) string {
 
 // valueText prints a value of the configuration.
 func valueText(v reflect.Value) string {
+	if v.Kind() == reflect.Slice && v.Type().Elem().Kind() == reflect.Struct && v.Type().Elem().PkgPath() == reflect.TypeFor[config.Config]().PkgPath() {
+		var sections []string
+		for i := range v.Len() {
+			sections = append(sections, sectionText(v.Index(i), func(_ string, v reflect.Value) string { return valueText(v) }))
+		}
+		return "[" + strings.Join(sections, ", ") + "]"
+	}
 	switch v.Kind() {
 	case reflect.Slice, reflect.Map, reflect.String:
 		if v.Len() == 0 && v.Kind() != reflect.String {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"net/netip"
+	"os"
 	"reflect"
 	"slices"
 	"strings"
@@ -48,6 +49,15 @@ func TestReloadable(t *testing.T) {
 			t.Errorf("there is no key %s", key)
 		}
 	}
+	manual, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range reloadable() {
+		if !strings.Contains(string(manual), "`"+key+"`") {
+			t.Errorf("docs/operations.md doesn't say that %s takes effect without a restart", key)
+		}
+	}
 	if len(all) < 60 {
 		t.Errorf("only %d keys were changed", len(all))
 	}
@@ -76,6 +86,8 @@ func TestDifferences(t *testing.T) {
 		{Prefix: "example.com", Proxy: "http://user:hush-hush@proxy.example.com:8080", HTTP: true},
 	}
 	after.Cache.MaxSize, after.Offline, after.Dial.Hosts = 10*config.GiB, true, map[string]string{"example.com": "192.0.2.7"}
+	after.Listen = []config.Listen{{Address: "unix:/run/nodes.sock", Mode: 0o660, TLS: config.TLSNone}}
+	after.Access.Rules = []config.AccessRule{{Prefix: "example.com", Read: []string{"alice", "known"}}, {Read: []string{"anyone"}}}
 	after.StopGrace = config.Duration(time.Minute)
 	var got []string
 	for _, c := range differences(&before, &after) {
@@ -83,6 +95,8 @@ func TestDifferences(t *testing.T) {
 		got = append(got, changeText(c))
 	}
 	want := []string{
+		`listen: [{address: "127.0.0.1:8080", mode: 0660, tls: "none", proxy: true}] → [{address: "unix:/run/nodes.sock", mode: 0660, tls: "none"}] (needs a restart)`,
+		`access.rules: [] → [{prefix: "example.com", read: ["alice","known"]}, {read: ["anyone"]}]`,
 		`offline: false → true`,
 		`dial.hosts: [] → {"example.com":"192.0.2.7"}`,
 		`cache.max_size: 0B → 10GiB`,
