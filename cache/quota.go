@@ -310,9 +310,8 @@ func (s *space) promise(ctx context.Context, n int64, what string) error {
 		s.add(n)
 		return nil
 	}
-	for by := (*Quota)(nil); ; s.mu.Unlock() {
-		// Another quota may ask for sums that this one doesn't need to know.
-		by = s.limit.Load()
+	for {
+		by := s.limit.Load()
 		if err := s.await(ctx); err != nil {
 			return err
 		}
@@ -320,6 +319,8 @@ func (s *space) promise(ctx context.Context, n int64, what string) error {
 		if s.limit.Load() == by {
 			break
 		}
+		// Another quota may ask for sums that this one didn't need to know.
+		s.mu.Unlock()
 	}
 	switch {
 	case len(s.waiting) == 0 && s.fits(n):

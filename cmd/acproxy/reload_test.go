@@ -121,7 +121,7 @@ func TestDifferences(t *testing.T) {
 // TestRejudgeIn: held images are judged again when something expires, within the hour.
 func TestRejudgeIn(t *testing.T) {
 	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
-	in := func(d time.Duration) time.Time { return now.Add(d) }
+	in := now.Add
 	for _, tt := range []struct {
 		name  string
 		until time.Time

@@ -9,6 +9,8 @@ import (
 	"os"
 	"regexp"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -130,6 +132,46 @@ func TestReloadedKeys(t *testing.T) {
 	if body := must(io.ReadAll(a.resp.Body))(t); !bytes.Equal(body, late.aci) {
 		t.Errorf("%s with %d bytes", a.resp.Status, len(body))
 	}
+}
+
+// TestReloadsBesideHits has nodes ask for what is held while everything changes again and again: none of them notices.
+func TestReloadsBesideHits(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "")
+	im := s.publish(large("app", 300<<10))
+	s.hold(im)
+	stop := make(chan struct{})
+	var nodes sync.WaitGroup
+	var served atomic.Int64
+	for range 3 {
+		// They end when stop is closed; waited for below.
+		nodes.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if got := s.get(s.direct(im, "aci")); got.Err != nil || got.Status != http.StatusOK || !bytes.Equal(got.Body, im.aci) {
+					t.Errorf("a hit beside a reload: %d, %d bytes, %v", got.Status, len(got.Body), got.Err)
+					return
+				}
+				served.Add(1)
+			}
+		})
+	}
+	overlays := []string{
+		"{trust: {signature: optional, expired: accept-if-signed-before}, cache: {max_size: 1GiB, high: 50, low: 40}, freshness: {ttl: 1s, jitter: 50}}",
+		"{offline: true, dial: {hosts: {example.com: '127.0.0.1:1'}}, publishers: []}",
+		"{publishers: [{prefix: example.com, ca_file: $CA, ttl: 1m, delivery: verify-first}], allow: [example.com], clients: {rate: 100000}}",
+	}
+	for i := range 15 {
+		before := served.Load()
+		s.reloads(overlays[i%len(overlays)])
+		eventually(t, "nodes go on asking", func() bool { return served.Load() > before || t.Failed() })
+	}
+	close(stop)
+	nodes.Wait()
 }
 
 // TestRenewedCertificate puts another certificate into the place of the one that is served with.
