@@ -134,6 +134,22 @@ func TestReloadedKeys(t *testing.T) {
 	}
 }
 
+// TestReloadThatNeedsARestart: what would take effect doesn't go with what wouldn't, so nothing does.
+func TestReloadThatNeedsARestart(t *testing.T) {
+	t.Parallel()
+	s := stage(t, "{access: {users_file: $DIR/users}, listen: [{address: '127.0.0.1:0', auth: [anonymous, basic]}]}")
+	s.write("users", nil)
+	s.start()
+	im := s.publish(app("app"))
+	s.hold(im)
+	// Without users nobody could show who he is at that address, which is there until the server is started anew.
+	s.configure("{access: {rules: [{prefix: '', read: [alice]}]}, listen: [{address: '127.0.0.1:0'}]}")
+	if code, out := s.cli("reload"); code != 1 || !strings.Contains(out, "restart") || !strings.Contains(out, "listen[0].auth") {
+		t.Errorf("acproxy reload: %d, %s", code, out)
+	}
+	wantImage(t, s.get(s.direct(im, "aci")), im)
+}
+
 // TestReloadsBesideHits has nodes ask for what is held while everything changes again and again: none of them notices.
 func TestReloadsBesideHits(t *testing.T) {
 	t.Parallel()
