@@ -34,7 +34,7 @@ fuzz-list: ## name the fuzz targets, as package:target
 
 fuzz: ## run each fuzz target for FUZZTIME (30s)
 	@set -e; for t in $$($(MAKE) -s fuzz-list); do \
-		echo "$$t"; $(GO) test -run '^$$' -fuzz "^$${t##*:}$$" -fuzztime $(FUZZTIME) "$${t%:*}"; \
+		echo "$$t"; $(GO) test -run '^$$' -fuzz "^$${t##*:}$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x "$${t%:*}"; \
 	done
 
 bench: ## the benchmarks, six times each: make bench > new.txt

@@ -54,10 +54,10 @@ var layers = map[string][]string{
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
 	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/acpush", "internal/memo", "internal/problem", "internal/tracing"},
 	"internal/journal":     {"fetch"},
-	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/history", "internal/journal", "internal/listen", "internal/missing", "internal/problem", "internal/warm", "internal/web"},
+	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/airgap", "internal/bundle", "internal/history", "internal/journal", "internal/listen", "internal/missing", "internal/problem", "internal/warm", "internal/web"},
 	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
 	"internal/warm":        {".", "cache", "fetch", "internal/durable"},
-	"internal/page":        {".", "cache", "fetch", "internal/access", "internal/admin", "internal/history", "internal/journal", "internal/problem", "internal/web"},
+	"internal/page":        {".", "cache", "fetch", "internal/access", "internal/admin", "internal/history", "internal/journal", "internal/missing", "internal/problem", "internal/warm", "internal/web"},
 	"internal/metrics":     {"internal/server", "internal/history", ".", "cache", "trust", "fetch", "internal/web"},
 
 	// Demo and drill play publisher and node.

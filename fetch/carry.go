@@ -20,21 +20,21 @@ import (
 
 // A Carried is an image that somebody brought, in place of its publisher. Nothing that is said of it here is believed: it is what to hold the bytes against.
 type Carried struct {
-	Name      string
-	Labels    map[string]string
-	Refs      []acproxy.Ref   // what it shall answer beside the ref of all its labels
-	Digest    acproxy.Digest  // of the bytes
-	ImageID   acproxy.ImageID // zero if nobody has said
-	Size      int64
-	Signature []byte // nil if there is none
-	Modified  time.Time
-	Source    string // where it comes from, for people
+	Name      string            `json:"name"`                // the manifest's
+	Labels    map[string]string `json:"labels,omitempty"`    // the manifest's
+	Refs      []acproxy.Ref     `json:"refs,omitempty"`      // what it shall answer beside the ref of all its labels
+	Digest    acproxy.Digest    `json:"digest"`              // of the bytes
+	ImageID   acproxy.ImageID   `json:"imageID,omitzero"`    // zero if nobody has said
+	Size      int64             `json:"size"`                // bytes
+	Signature []byte            `json:"signature,omitempty"` // as published; nil if there is none
+	Modified  time.Time         `json:"modified,omitzero"`   // the publisher's Last-Modified
+	Source    string            `json:"source"`              // where it comes from, for people
 	// Pin keeps it from being evicted.
-	Pin bool
+	Pin bool `json:"pin,omitempty"`
 	// AllowOlder lets refs without a version answer it even if what they answer now was signed later.
-	AllowOlder bool
+	AllowOlder bool `json:"allowOlder,omitempty"`
 	// Client is who brought it, "" for nobody in particular.
-	Client string
+	Client string `json:"-"`
 	// published says that its publisher brought it: name and labels are all that the manifest has, and of two images that were signed in the same second the
 	// one that comes later is the newer one.
 	published bool
@@ -44,10 +44,10 @@ type Carried struct {
 
 // A Taken is what became of a carried image.
 type Taken struct {
-	Record cache.Record
-	Held   bool          // it was held already, so that its bytes weren't read
-	Moved  []acproxy.Ref // refs that answer it from now on
-	Kept   []acproxy.Ref // refs without a version that go on answering what was signed later
+	Record cache.Record  `json:"record"`
+	Held   bool          `json:"held"`            // it was held already, so that its bytes weren't read
+	Moved  []acproxy.Ref `json:"moved,omitempty"` // refs that answer it from now on
+	Kept   []acproxy.Ref `json:"kept,omitempty"`  // refs without a version that go on answering what was signed later
 }
 
 const (

@@ -58,6 +58,7 @@ type demo struct {
 }
 
 func runDemo(ctx context.Context, w io.Writer, once bool) (err error) {
+	defer outliveReader()()
 	dir, err := os.MkdirTemp("", "acproxy-demo-")
 	if err != nil {
 		return err
@@ -73,6 +74,9 @@ func runDemo(ctx context.Context, w io.Writer, once bool) (err error) {
 	}
 	d.printf("Ready in %s. The publisher answers at %s, acproxy at %s.\n", seconds(time.Since(started)), d.publisher.URL(), strings.Join(d.server.addresses(), " and "))
 	for _, act := range []func(context.Context) error{d.first, d.dependencies, d.herd, d.refusals, d.doors, d.withoutPublisher} {
+		if d.err != nil {
+			return d.err
+		}
 		if err := act(ctx); err != nil {
 			return err
 		}

@@ -69,10 +69,7 @@ func (d *drill) run(ctx context.Context, stderr io.Writer) (err error) {
 	// The servers end with the thread that has started them, so that not even a kill of the drill leaves one behind.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	// Who has read enough of it, as head has, would otherwise end it on the spot, with all that it leaves behind.
-	closed := make(chan os.Signal, 1)
-	signal.Notify(closed, syscall.SIGPIPE)
-	defer signal.Stop(closed)
+	defer outliveReader()()
 	dir, err := os.MkdirTemp("", "acproxy-drill-")
 	if err != nil {
 		return err
@@ -120,6 +117,14 @@ func (d *drill) run(ctx context.Context, stderr io.Writer) (err error) {
 		return silent(errors.New("a promise is broken"))
 	}
 	return nil
+}
+
+// outliveReader lets writing fail when whoever reads it has read enough, as head has: that would otherwise end the process on the spot, with all that it
+// leaves behind. The function that it returns ends that.
+func outliveReader() func() {
+	closed := make(chan os.Signal, 1)
+	signal.Notify(closed, syscall.SIGPIPE)
+	return func() { signal.Stop(closed) }
 }
 
 // play plays one scenario, and prints what happens as it happens.

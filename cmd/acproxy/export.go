@@ -115,7 +115,7 @@ The exit code is 3 if something that was asked for could not be carried; the res
 			if err := e.check(); err != nil {
 				return err
 			}
-			return o.withParts(e.run)
+			return o.withCarriage(cmd.Context(), e.run)
 		},
 	}
 	flags := cmd.Flags()
@@ -204,15 +204,20 @@ func (e *exporting) choice() (airgap.Choice, error) {
 		}
 		c.Refs = append(c.Refs, refs...)
 	}
+	return c, nil
+}
+
+// leave leaves out of a cargo what the other side has.
+func (e *exporting) leave(cargo *airgap.Cargo) error {
 	if e.since == "" {
-		return c, nil
+		return nil
 	}
-	var err error
-	c.Since, c.SinceID, err = readSince(e.since, e.signers)
+	held, id, err := readSince(e.since, e.signers)
 	if err != nil {
-		err = fmt.Errorf("--since %s: %w", e.since, err)
+		return fmt.Errorf("--since %s: %w", e.since, err)
 	}
-	return c, err
+	cargo.Leave(held, id)
+	return nil
 }
 
 // readList reads a list of images, as acproxy warm takes it. What it says beside the images is for that alone.
@@ -275,17 +280,17 @@ func readSince(path string, signers []string) (held map[acproxy.Digest]acproxy.D
 	return held, r.ID, nil
 }
 
-func (e *exporting) run(p *parts) error {
+func (e *exporting) run(from *carriage) error {
 	ctx := e.cmd.Context()
 	choice, err := e.choice()
 	if err != nil {
 		return err
 	}
-	if err := p.store.Ready(ctx); err != nil {
+	cargo, err := from.choose(ctx, choice)
+	if err != nil {
 		return err
 	}
-	cargo, err := airgap.Choose(ctx, p.origin(), choice)
-	if err != nil {
+	if err := e.leave(cargo); err != nil {
 		return err
 	}
 	// What goes to standard output must not be mixed with words.
@@ -307,7 +312,7 @@ func (e *exporting) run(p *parts) error {
 	case e.format == formatSite:
 		err = e.site(ctx, cargo, out, &sum)
 	default:
-		err = e.bundle(ctx, p.cfg, cargo, out, &sum)
+		err = e.bundle(ctx, from.cfg, cargo, out, &sum)
 	}
 	if err != nil {
 		return err

@@ -26,7 +26,7 @@ import (
 type importing struct {
 	cmd     *cobra.Command
 	o       *options
-	p       *parts
+	to      *carriage
 	intake  airgap.Intake
 	signers []string
 	keysTo  string
@@ -73,7 +73,7 @@ The exit code is 0 if everything in the bundle is held now, 3 if only some of it
 			if i.watch != "" {
 				return i.watching()
 			}
-			return o.withParts(func(p *parts) error { return i.run(p, args) })
+			return o.withCarriage(cmd.Context(), func(to *carriage) error { return i.run(to, args) })
 		},
 	}
 	flags := cmd.Flags()
@@ -110,13 +110,10 @@ func (i *importing) check(args []string) error {
 	return nil
 }
 
-func (i *importing) run(p *parts, args []string) error {
-	i.p = p
+func (i *importing) run(to *carriage, args []string) error {
+	i.to = to
 	i.open()
 	ctx := i.cmd.Context()
-	if err := p.store.Ready(ctx); err != nil {
-		return err
-	}
 	var sums []airgap.Summary
 	for _, b := range bundlesOf(args) {
 		sum, err := i.one(ctx, b)
@@ -142,7 +139,7 @@ func (i *importing) open() {
 	}
 }
 
-// watching takes in what comes into a directory. The store is open only as long as there is something for it.
+// watching takes in what comes into a directory. Without a server the store is open only as long as there is something for it.
 func (i *importing) watching() error {
 	i.open()
 	if err := os.MkdirAll(i.watch, 0o755); err != nil {
@@ -152,11 +149,8 @@ func (i *importing) watching() error {
 		i.print(map[string]string{"waiting": name, "detail": err.Error()}, "waiting  %s: %v\n", name, err)
 	}}
 	w.Take = func(ctx context.Context, name string) (good bool, err error) {
-		err = i.o.withParts(func(p *parts) error {
-			i.p = p
-			if err := p.store.Ready(ctx); err != nil {
-				return err
-			}
+		err = i.o.withCarriage(ctx, func(to *carriage) error {
+			i.to = to
 			sum, err := i.one(ctx, carrier{name: name, dirs: []string{i.watch}})
 			if acproxy.KindOf(err) == acproxy.ErrInvalid {
 				// It won't get better by being tried again.
@@ -255,7 +249,7 @@ func (i *importing) one(ctx context.Context, c carrier) (sum airgap.Summary, err
 	in.Progress = func(done, of int64, _ bundle.Image) { bar.set(done, of) }
 	in.Told = func(o airgap.Outcome) { i.outcome(bar.over(i.out), o) }
 	in.Key = func(key bundle.Key, armored []byte) { i.key(key, armored) }
-	sum, err = in.Take(ctx, i.p.fetcher, r)
+	sum, err = in.Take(ctx, i.to.destination, r)
 	bar.end()
 	for _, p := range problems() {
 		i.print(map[string]bundle.Problem{"problem": p}, "damage   %v\n", p)
@@ -307,7 +301,7 @@ func (i *importing) key(key bundle.Key, armored []byte) {
 		i.print(map[string]string{"damage": "key " + key.Fingerprint + ": " + err.Error()}, "damage   key %s: %v\n", key.Fingerprint, err)
 		return
 	}
-	trusted := len(i.p.keys.Current().Held(are[0].Fingerprint)) > 0
+	trusted := len(i.to.keyring().Held(are[0].Fingerprint)) > 0
 	file := ""
 	if i.keysTo != "" {
 		file = filepath.Join(i.keysTo, key.Fingerprint+".asc")
@@ -353,11 +347,11 @@ func (i *importing) writeReceipt(ctx context.Context) error {
 	if i.receipt == "" {
 		return nil
 	}
-	by, err := signer(i.p.cfg)
+	by, err := signer(i.to.cfg)
 	if err != nil {
 		return err
 	}
-	r, err := airgap.Receipt(ctx, i.p.origin())
+	r, err := i.to.receipt(ctx)
 	if err != nil {
 		return err
 	}

@@ -202,7 +202,7 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 	p := n.parts
 	n.admin = admin.New(admin.Options{
 		Store: p.judged(), Guard: p.guard, Metrics: p.metrics.Handler(), Flights: p.fetcher.Flights, Publishers: p.web.Hosts, Keyring: p.keys.Current,
-		Journal: p.journal, History: p.history, Warm: p.warm, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: p.web.Offline, Log: log,
+		Journal: p.journal, History: p.history, Warm: p.warm, Origin: p.origin(), Destination: p.fetcher, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: p.web.Offline, Log: log,
 		Discover: func(ctx context.Context, ref acproxy.Ref) (admin.Discovered, error) {
 			return admin.Discover(ctx, p.finder, ref)
 		},

@@ -92,6 +92,7 @@ const (
 	tagStore      = "store"
 	tagPublishers = "publishers"
 	tagWarm       = "warm"
+	tagCarriage   = "carriage"
 	tagTrust      = "trust"
 	tagEvents     = "events"
 	tagServer     = "server"
@@ -116,6 +117,7 @@ func (s *Server) describe(router *mux.Router) huma.API {
 		{Name: tagStore, Description: "The space that they take."},
 		{Name: tagPublishers, Description: "Where images come from, and what is being fetched."},
 		{Name: tagWarm, Description: "Lists of images that are fetched before anybody asks."},
+		{Name: tagCarriage, Description: "Images that are carried where no network goes, and those that come from there."},
 		{Name: tagTrust, Description: "Whose signatures count."},
 		{Name: tagEvents, Description: "What has happened."},
 		{Name: tagServer, Description: "The server as a whole."},
@@ -124,6 +126,7 @@ func (s *Server) describe(router *mux.Router) huma.API {
 	s.describeStore(a)
 	s.describePublishers(a)
 	s.describeWarm(a)
+	s.describeCarriage(a)
 	s.describeTrust(a)
 	s.describeEvents(a)
 	s.describeServer(a)

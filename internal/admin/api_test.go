@@ -126,6 +126,12 @@ func TestAnswersFitTheDocument(t *testing.T) {
 	c := readContract(t)
 	all := images()
 	app := all[0].Record.Digest.String()
+	brought, bytesOf := carried(t, 10)
+	text, err := json.Marshal(brought)
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := string(text)
 	for _, call := range []struct {
 		method, path, query string
 		status              int
@@ -179,6 +185,13 @@ func TestAnswersFitTheDocument(t *testing.T) {
 		{"DELETE", "/api/v1/images/{digest}", "", 204},
 		{"POST", "/api/v1/gc", "?target=0", 200},
 		{"DELETE", "/api/v1/missing", "", 204},
+		{"GET", "/api/v1/holdings", "", 200},
+		{"POST", "/api/v1/export", ` {"all":true}`, 200},
+		{"POST", "/api/v1/export", ` {"refs":["EXAMPLE"]}`, 422},
+		{"POST", "/api/v1/import/examine", " " + said, 200},
+		{"POST", "/api/v1/import/names", ` {"name":"example.com/brought","templates":[{"prefix":"example.com","url":"https://example.com/{name}.{ext}"}]}`, 200},
+		{"POST", "/api/v1/import/images", " " + form(partCarried, said, partImage, string(bytesOf)), 200},
+		{"POST", "/api/v1/import/images", "?verify=1x " + form(partCarried, said), 422},
 	} {
 		path := strings.NewReplacer("{digest}", app, "{digits}", strings.TrimPrefix(all[1].Record.ImageID.String(), "sha512-")[:12], "{job}", sc.job.ID).Replace(call.path)
 		documented := call.path
@@ -189,6 +202,9 @@ func TestAnswersFitTheDocument(t *testing.T) {
 		req := httptest.NewRequestWithContext(t.Context(), call.method, "http://acproxy"+path+query, strings.NewReader(body))
 		if body != "" {
 			req.Header.Set("Content-Type", "application/json")
+		}
+		if strings.HasPrefix(body, "--x") {
+			req.Header.Set("Content-Type", formType)
 		}
 		w := httptest.NewRecorder()
 		asCaller(caller{socket: true}, sc.s.router).ServeHTTP(w, req)

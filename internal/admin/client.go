@@ -87,13 +87,13 @@ func (c *Client) do(ctx context.Context, method, path string, value any) error {
 	return json.NewDecoder(resp.Body).Decode(value)
 }
 
-// put sends a value and reads the answer into another.
-func (c *Client) put(ctx context.Context, method, path string, value, into any) error {
+// post sends a value and reads the answer into another.
+func (c *Client) post(ctx context.Context, path string, value, into any) error {
 	text, err := json.Marshal(value)
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://acproxy"+api+path, bytes.NewReader(text))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://acproxy"+api+path, bytes.NewReader(text))
 	if err != nil {
 		return err
 	}

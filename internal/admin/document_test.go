@@ -20,7 +20,7 @@ import (
 var update = flag.Bool("update", false, "write openapi.yaml")
 
 // sources are where the types of the API are declared.
-var sources = []string{".", "../..", "../../cache", "../../discovery", "../../fetch", "../history", "../journal", "../missing", "../problem", "../warm", "../web"}
+var sources = []string{".", "../..", "../../cache", "../../discovery", "../bundle", "../../fetch", "../airgap", "../history", "../journal", "../missing", "../problem", "../warm", "../web"}
 
 // comments returns what stands in the source about types, as "Type", and about fields, as "Type.field" by their names in JSON.
 func comments(t *testing.T) map[string]string {

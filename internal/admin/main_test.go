@@ -20,6 +20,7 @@ import (
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/access"
+	"github.com/acproxy/acproxy/internal/airgap"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/missing"
@@ -128,8 +129,10 @@ func newScene(t *testing.T, rules []access.Rule, methods access.Method) *scene {
 		asked.NoteName(name+"/more", &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start)
 	}
 	asked.Note(cachetest.MustRef("example.com/base:1"), &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline"}, start) // it has come since
+	f := sc.fetcher(keyring)
 	sc.s = New(Options{
-		Warm:  sc.warm(keyring),
+		Warm:   sc.warm(f),
+		Origin: airgap.Store{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Keyring: func() *trust.Keyring { return keyring }}, Destination: f,
 		Store: Judged{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Did: sc.done, Missed: asked, Knows: func(string) bool { return false }},
 		Guard: access.New(access.Config{Tokens: tokens, Rules: rules}), Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") }),
 		Flights: func() []fetch.FlightState {
@@ -172,9 +175,15 @@ func newScene(t *testing.T, rules []access.Rule, methods access.Method) *scene {
 	return sc
 }
 
-// warm fetches lists of images, and dials nobody for them.
-func (sc *scene) warm(keyring *trust.Keyring) *warm.Jobs {
+// fetcher takes images in, and dials nobody for them.
+func (sc *scene) fetcher(keyring *trust.Keyring) *fetch.Fetcher {
 	f := fetch.New(fetch.Config{Store: sc.store, Keyring: func() *trust.Keyring { return keyring }, Offline: true, Log: slog.New(slog.DiscardHandler)})
+	sc.t.Cleanup(func() { _ = f.Close() })
+	return f
+}
+
+// warm fetches lists of images.
+func (sc *scene) warm(f *fetch.Fetcher) *warm.Jobs {
 	jobs, err := warm.Open(warm.Options{Fetcher: f, Dir: sc.t.TempDir(), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		sc.t.Fatal(err)
@@ -192,7 +201,6 @@ func (sc *scene) warm(keyring *trust.Keyring) *warm.Jobs {
 	sc.t.Cleanup(func() {
 		cancel()
 		<-ended
-		_ = f.Close()
 	})
 	return jobs
 }

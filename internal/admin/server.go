@@ -19,6 +19,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/access"
+	"github.com/acproxy/acproxy/internal/airgap"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
 	"github.com/acproxy/acproxy/internal/listen"
@@ -40,6 +41,11 @@ type Options struct {
 	Journal    *journal.Journal
 	History    *history.History
 	Warm       *warm.Jobs
+
+	// Origin and Destination are where carried images come from and go to.
+	Origin      airgap.Origin
+	Destination airgap.Destination
+
 	// Discover asks an image's publisher where it keeps the image and its keys.
 	Discover func(context.Context, acproxy.Ref) (Discovered, error)
 	// Config returns the configuration that counts, without secrets, as YAML.

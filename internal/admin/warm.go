@@ -52,19 +52,27 @@ func noSuchJob(id string) error {
 	return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-such-job", Detail: "there is no job " + strconv.Quote(id[:min(len(id), 64)])}
 }
 
-// CancelWarm ends the fetching of a list.
-func (v View) CancelWarm(id string) (warm.Job, error) {
+// MayCancelWarm returns why the client may not end the fetching of a list, nil if it may.
+func (v View) MayCancelWarm(id string) error {
 	if !v.seesJob(id) {
-		return warm.Job{}, noSuchJob(id)
+		return noSuchJob(id)
 	}
 	names, err := v.s.o.Warm.Names(id)
 	if err != nil {
-		return warm.Job{}, err
+		return err
 	}
 	for _, name := range names {
 		if !v.May(access.Warm, name) {
-			return warm.Job{}, v.refuse("end the fetching of images of " + name)
+			return v.refuse("end the fetching of images of " + name)
 		}
+	}
+	return nil
+}
+
+// CancelWarm ends the fetching of a list.
+func (v View) CancelWarm(id string) (warm.Job, error) {
+	if err := v.MayCancelWarm(id); err != nil {
+		return warm.Job{}, err
 	}
 	return v.s.o.Warm.Cancel(id)
 }
@@ -109,7 +117,7 @@ func (s *Server) describeWarm(a huma.API) {
 
 // Warm has the server fetch a list of images.
 func (c *Client) Warm(spec warm.Spec) (job warm.Job, err error) {
-	err = c.patient().put(context.Background(), http.MethodPost, "warm", spec, &job)
+	err = c.patient().post(context.Background(), "warm", spec, &job)
 	return job, err
 }
 

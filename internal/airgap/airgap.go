@@ -18,6 +18,8 @@ import (
 
 // An Origin is what bundles are written from: an open store, with the state that keys and policies give its images now.
 type Origin interface {
+	// Ready returns once all that is held is known, which takes a while after an index was lost.
+	Ready(ctx context.Context) error
 	// Images returns held images by name and version, at most limit, those after the place that the call before returned, "" for the first; the next place is "" at
 	// the end.
 	Images(filter cache.Filter, after string, limit int) (images []cache.Record, next string, err error)
@@ -27,10 +29,7 @@ type Origin interface {
 	Match(ref acproxy.Ref) ([]cache.Record, error)
 	// Answers returns all that an image answers.
 	Answers(digest acproxy.Digest) ([]cache.Resolution, error)
-	// Signature returns an image's signature as published.
-	Signature(digest acproxy.Digest) ([]byte, error)
-	// Open opens the exact bytes of an image. The caller closes them.
-	Open(digest acproxy.Digest) (io.ReadCloser, error)
+	Source
 	// Known returns what discovery has found out about a name.
 	Known(name string) (cache.Discovered, bool)
 	// Key returns a trusted key, armored, and the prefixes that it is trusted for. ok is false if there is none.
@@ -60,6 +59,9 @@ type Store struct {
 	Judge   func(cache.Record) cache.Record // the state that keys and policies give an image now
 	Keyring func() *trust.Keyring
 }
+
+// Ready implements [Origin].
+func (s Store) Ready(ctx context.Context) error { return s.Disk.Ready(ctx) }
 
 // Images implements [Origin].
 func (s Store) Images(filter cache.Filter, after string, limit int) ([]cache.Record, string, error) {
@@ -139,6 +141,9 @@ func each(ctx context.Context, o Origin, filter cache.Filter, do func(cache.Reco
 
 // Receipt returns what a store holds and would serve.
 func Receipt(ctx context.Context, o Origin) (*bundle.Receipt, error) {
+	if err := o.Ready(ctx); err != nil {
+		return nil, err
+	}
 	r := new(bundle.Receipt)
 	err := each(ctx, o, cache.Filter{}, func(rec cache.Record) error {
 		if rec.Quarantined() {

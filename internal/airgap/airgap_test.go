@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/sha512"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -91,6 +92,8 @@ func mustRef(t testing.TB, s string) acproxy.Ref {
 	}
 	return ref
 }
+
+func (s *shelf) Ready(context.Context) error { return nil }
 
 func (s *shelf) Images(filter cache.Filter, _ string, _ int) (out []cache.Record, next string, err error) {
 	for _, rec := range s.records {
@@ -180,22 +183,23 @@ func TestChoose(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		choice Choice
+		since  map[acproxy.Digest]acproxy.Digest
 		want   []string
 		lacks  []string // "!" is a note
 	}{
-		{"with what it needs", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app:1")}},
+		{"with what it needs", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app:1")}}, nil,
 			[]string{"example.com/app:1", "example.com/base:1", "example.com/ring:1"}, []string{"example.com/gone:3 not-held"}},
-		{"alone", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app:1")}, Alone: true}, []string{"example.com/app:1"}, nil},
-		{"all that fit", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app")}, Alone: true}, []string{"example.com/app:1", "example.com/app:2"}, nil},
-		{"pinned", Choice{Pinned: true}, []string{"example.com/app:2"}, nil},
-		{"by image ID", Choice{Prefixes: []string{"example.com/by-id"}}, []string{"example.com/app:2", "example.com/by-id:1"}, nil},
-		{"a prefix with nothing under it", Choice{Prefixes: []string{"example.com/ap"}}, nil, []string{"example.com/ap not-held"}},
-		{"what is not there", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app:9"), mustRef(t, "example.com/app:9")}}, nil, []string{"example.com/app:9 not-held"}},
-		{"what may not be served", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/broken:1"), mustRef(t, "example.com/lost:1"), mustRef(t, "example.com/early:1")}}, nil,
+		{"alone", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app:1")}, Alone: true}, nil, []string{"example.com/app:1"}, nil},
+		{"all that fit", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app")}, Alone: true}, nil, []string{"example.com/app:1", "example.com/app:2"}, nil},
+		{"pinned", Choice{Pinned: true}, nil, []string{"example.com/app:2"}, nil},
+		{"by image ID", Choice{Prefixes: []string{"example.com/by-id"}}, nil, []string{"example.com/app:2", "example.com/by-id:1"}, nil},
+		{"a prefix with nothing under it", Choice{Prefixes: []string{"example.com/ap"}}, nil, nil, []string{"example.com/ap not-held"}},
+		{"what is not there", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/app:9"), mustRef(t, "example.com/app:9")}}, nil, nil, []string{"example.com/app:9 not-held"}},
+		{"what may not be served", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/broken:1"), mustRef(t, "example.com/lost:1"), mustRef(t, "example.com/early:1")}}, nil, nil,
 			[]string{"example.com/broken:1 outside-rootfs", "example.com/lost:1 blob-missing", "example.com/early:1 not-inspected"}},
-		{"all", Choice{All: true, Alone: true}, []string{"example.com/app:1", "example.com/app:2", "example.com/base:1", "example.com/by-id:1", "example.com/ring:1"},
+		{"all", Choice{All: true, Alone: true}, nil, []string{"example.com/app:1", "example.com/app:2", "example.com/base:1", "example.com/by-id:1", "example.com/ring:1"},
 			[]string{"!example.com/broken:1 outside-rootfs", "!example.com/early:1 not-inspected", "!example.com/lost:1 blob-missing"}},
-		{"since", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/base")}, Since: map[acproxy.Digest]acproxy.Digest{base.Digest: base.SignatureDigest, ring.Digest: {1}}},
+		{"since", Choice{Refs: []acproxy.Ref{mustRef(t, "example.com/base")}}, map[acproxy.Digest]acproxy.Digest{base.Digest: base.SignatureDigest, ring.Digest: {1}},
 			// The ring is held there with another signature, so it is carried again.
 			[]string{"-example.com/base:1", "example.com/ring:1"}, nil},
 	} {
@@ -204,6 +208,9 @@ func TestChoose(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			// What somebody elsewhere is told of it is the same.
+			c = overTheWire(t, c, s)
+			c.Leave(tt.since, acproxy.Digest{})
 			if got := chosen(c); !slices.Equal(got, tt.want) {
 				t.Errorf("chosen are %q, want %q", got, tt.want)
 			}
@@ -295,12 +302,43 @@ func newTaker() *taker {
 	return &taker{refuse: make(map[string]error), held: make(map[acproxy.Digest]bool), took: make(map[acproxy.Digest][]byte)}
 }
 
+// overTheWire returns a cargo as who reads its waybill has it.
+func overTheWire(t *testing.T, c *Cargo, from Source) *Cargo {
+	t.Helper()
+	text, err := json.Marshal(c.Waybill())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var w Waybill
+	if err := json.Unmarshal(text, &w); err != nil {
+		t.Fatal(err)
+	}
+	there := w.Cargo(from)
+	if len(c.Index.Images) == 0 {
+		return there
+	}
+	here, err := bundle.New(c.Index, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := bundle.New(there.Index, nil)
+	if err != nil || b.ID() != here.ID() {
+		t.Errorf("the bundle is another one by its waybill: %v", err)
+	}
+	return there
+}
+
 func streamOf(t *testing.T, s *shelf, choice Choice) []byte {
 	t.Helper()
 	c, err := Choose(t.Context(), s, choice)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return streamOfCargo(t, c)
+}
+
+func streamOfCargo(t *testing.T, c *Cargo) []byte {
+	t.Helper()
 	b, err := bundle.New(c.Index, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -384,7 +422,12 @@ func TestDelta(t *testing.T) {
 	s.put(t, "example.com/a", version("1"))
 	s.put(t, "example.com/b", version("1"))
 	since := map[acproxy.Digest]acproxy.Digest{s.records[0].Digest: s.records[0].SignatureDigest}
-	stream := streamOf(t, s, Choice{All: true, Since: since, SinceID: acproxy.Digest{1}})
+	c, err := Choose(t.Context(), s, Choice{All: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Leave(since, acproxy.Digest{1})
+	stream := streamOfCargo(t, c)
 	if bytes.Contains(stream, s.blobs[s.records[0].Digest]) {
 		t.Error("it carries what is there")
 	}

@@ -15,23 +15,20 @@ import (
 
 // A Choice says which images are carried. What several of its fields choose is carried once.
 type Choice struct {
-	Refs     []acproxy.Ref // what each answers, or else every held image that it fits
-	Prefixes []string      // of names, by segments
-	Pinned   bool
-	All      bool
+	Refs     []acproxy.Ref `json:"refs,omitempty"`     // what each answers, or else every held image that it fits
+	Prefixes []string      `json:"prefixes,omitempty"` // of names, by whole segments
+	Pinned   bool          `json:"pinned,omitempty"`   // all images that are pinned
+	All      bool          `json:"all,omitempty"`      // all images
 	// Alone leaves out the images that the chosen ones depend on.
-	Alone bool
-	// Since are images that the other side has: they are named, and not carried. SinceID is where that was read.
-	Since   map[acproxy.Digest]acproxy.Digest // digest of the image → of its signature
-	SinceID acproxy.Digest
+	Alone bool `json:"alone,omitempty"`
 }
 
 // A Lack is something that was chosen, or is needed, and can't be carried.
 type Lack struct {
 	What   string `json:"what"`         // a ref, or a prefix
 	By     string `json:"by,omitempty"` // the image that needs it
-	Code   string `json:"code"`
-	Detail string `json:"detail"`
+	Code   string `json:"code"`         // a word for programs
+	Detail string `json:"detail"`       // why it can't be carried
 	// Note says that it concerns nothing that was asked for by name.
 	Note bool `json:"note,omitempty"`
 }
@@ -49,15 +46,41 @@ type Cargo struct {
 	Index *bundle.Index
 	Lacks []Lack
 
-	origin Origin
-	small  map[acproxy.Digest][]byte // keys
+	from  Source
+	small map[acproxy.Digest][]byte // keys
+}
+
+// A Source is where the members of a bundle are read from.
+type Source interface {
+	// Signature returns an image's signature as published.
+	Signature(digest acproxy.Digest) ([]byte, error)
+	// Open opens the exact bytes of an image. The caller closes them.
+	Open(digest acproxy.Digest) (io.ReadCloser, error)
+}
+
+// Leave leaves out images that the other side has, by what since says of them: the digest of an image → of its signature. They are named, and not carried.
+// id is that of where this was read.
+func (c *Cargo) Leave(since map[acproxy.Digest]acproxy.Digest, id acproxy.Digest) {
+	c.Index.Since = id
+	for i := range c.Index.Images {
+		im := &c.Index.Images[i]
+		var signature acproxy.Digest
+		if im.Signature != nil {
+			signature = im.Signature.Digest
+		}
+		held, ok := since[im.Digest]
+		im.Absent = ok && held == signature
+	}
 }
 
 // Choose finds what a choice means. What is lacking is in the cargo, and no error.
 func Choose(ctx context.Context, o Origin, choice Choice) (*Cargo, error) {
 	c := &choosing{
-		Cargo: &Cargo{Index: &bundle.Index{Since: choice.SinceID}, origin: o, small: make(map[acproxy.Digest][]byte)},
+		Cargo: &Cargo{Index: new(bundle.Index), from: o, small: make(map[acproxy.Digest][]byte)},
 		o:     o, choice: choice, taken: make(map[acproxy.Digest]bool), lacking: make(map[Lack]bool),
+	}
+	if err := o.Ready(ctx); err != nil {
+		return nil, err
 	}
 	if err := c.chosen(ctx); err != nil {
 		return nil, err
@@ -199,8 +222,6 @@ func (c *choosing) needs(ctx context.Context, rec cache.Record) error {
 // add puts an image into the index.
 func (c *choosing) add(rec cache.Record) error {
 	im := bundle.Image{Digest: rec.Digest, Size: rec.Size, ImageID: rec.ImageID, Name: rec.Name, Labels: rec.Labels, Modified: rec.Modified}
-	signature, held := c.choice.Since[rec.Digest]
-	im.Absent = held && signature == rec.SignatureDigest
 	if rec.Signed {
 		b, err := c.o.Signature(rec.Digest)
 		if err != nil {
@@ -269,10 +290,10 @@ func (c *Cargo) Open(m bundle.Member) (io.ReadCloser, error) {
 	case bundle.KindKey:
 		return io.NopCloser(bytes.NewReader(c.small[m.Digest])), nil
 	case bundle.KindSignature:
-		b, err := c.origin.Signature(m.Image.Digest)
+		b, err := c.from.Signature(m.Image.Digest)
 		return io.NopCloser(bytes.NewReader(b)), err
 	}
-	return c.origin.Open(m.Digest)
+	return c.from.Open(m.Digest)
 }
 
 // refOf returns the ref of all the labels of an image.

@@ -195,7 +195,7 @@ func (w *siteWriting) write(ctx context.Context, im *bundle.Image, path string) 
 	if fi, err := os.Lstat(w.file(path)); err == nil && fi.Mode().IsRegular() && fi.Size() == im.Size && fi.ModTime().Equal(modified(im)) {
 		return nil
 	}
-	from, err := w.c.origin.Open(im.Digest)
+	from, err := w.c.from.Open(im.Digest)
 	if err != nil {
 		return err
 	}

@@ -39,9 +39,11 @@ func (c *Config) check(r *report) {
 	c.checkWarm(r)
 	c.checkAccess(r)
 	c.checkCredentials(r)
-	if c.Admin.Metrics != "" && !r.broken("admin.metrics") {
-		if problem := checkListenAddress(c.Admin.Metrics); problem != "" {
+	if at := c.Admin.Metrics; at != "" && !r.broken("admin.metrics") {
+		if problem := checkListenAddress(at); problem != "" {
 			r.value("admin.metrics", "%s", problem)
+		} else {
+			checkFree(r, "admin.metrics", at, c.listeners())
 		}
 	}
 	c.checkPublishers(r)
@@ -118,12 +120,7 @@ func (c *Config) checkListen(r *report) {
 			r.value(path+".address", "%s", problem)
 			continue
 		}
-		for _, earlier := range all[:i] {
-			if checkListenAddress(earlier.Address) == "" && overlap(l.Address, earlier.Address) {
-				r.value(path+".address", "%s is taken by %s (%s) already: give another port, or remove one", l.Address, earlier.path, earlier.Address)
-				break
-			}
-		}
+		checkFree(r, path+".address", l.Address, all[:i])
 		switch {
 		case l.TLS == TLSFiles && l.CertFile == "" && l.KeyFile == "":
 			r.value(path+".tls", "tls: files needs cert_file and key_file: add them, or write tls: local-ca for certificates made here")
@@ -304,6 +301,23 @@ func checkSystemdName(name string) string {
 		return fmt.Sprintf("%q can't be the name of a socket: write up to 255 letters, digits and signs without spaces and colons, as FileDescriptorName= has it", clip(name))
 	}
 	return ""
+}
+
+// checkFree checks that an address isn't that of any of some listeners.
+func checkFree(r *report, path, address string, others []listener) {
+	for _, other := range others {
+		if checkListenAddress(other.Address) != "" || !overlap(address, other.Address) {
+			continue
+		}
+		another := "port"
+		if _, ok := listen.UnixPath(address); ok {
+			another = "path"
+		} else if _, ok := listen.SystemdName(address); ok {
+			another = "socket"
+		}
+		r.value(path, "%s is taken by %s (%s) already: give another %s, or remove one", address, other.path, other.Address, another)
+		return
+	}
 }
 
 // overlap reports whether two addresses can't both be listened at.

@@ -112,13 +112,16 @@ func (p *Page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // get shows a page.
 func (p *Page) get(w http.ResponseWriter, r *http.Request, v admin.View) error {
 	show := map[string]func(http.ResponseWriter, *http.Request, admin.View) error{
-		"/": p.overview, "/images": p.images, "/trust": p.trust, "/publishers": p.publishers, "/refusals": p.refusals, "/events": p.events, "/config": p.config,
+		"/": p.overview, "/images": p.images, "/warming": p.warming, "/trust": p.trust, "/publishers": p.publishers, "/refusals": p.refusals, "/events": p.events, "/config": p.config,
 	}[r.URL.Path]
 	if show != nil {
 		return show(w, r, v)
 	}
 	if digest, ok := strings.CutPrefix(r.URL.Path, "/images/"); ok {
 		return p.image(w, v, digest)
+	}
+	if id, ok := strings.CutPrefix(r.URL.Path, "/warming/"); ok {
+		return p.job(w, r, v, id)
 	}
 	return notThere(r)
 }
@@ -134,6 +137,13 @@ const maxForm = 64 << 10
 func (p *Page) post(w http.ResponseWriter, r *http.Request, v admin.View) error {
 	// What a page of another site sends never gets here: see [admin.Server.Front].
 	r.Body = http.MaxBytesReader(w, r.Body, maxForm)
+	if id, ok := strings.CutPrefix(r.URL.Path, "/warming/"); ok && strings.HasSuffix(id, "/cancel") {
+		job, err := v.CancelWarm(strings.TrimSuffix(id, "/cancel"))
+		if err == nil {
+			http.Redirect(w, r, "/warming/"+job.ID, http.StatusSeeOther)
+		}
+		return err
+	}
 	rest, ok := strings.CutPrefix(r.URL.Path, "/images/")
 	id, action, _ := strings.Cut(rest, "/")
 	if !ok {

@@ -19,6 +19,8 @@ import (
 	"github.com/acproxy/acproxy/internal/admin"
 	"github.com/acproxy/acproxy/internal/history"
 	"github.com/acproxy/acproxy/internal/journal"
+	"github.com/acproxy/acproxy/internal/missing"
+	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 )
 
@@ -27,6 +29,9 @@ const (
 	imagesOnPage = 50
 	eventsOnPage = 100
 	latestEvents = 12
+	// Of a long list what failed is looked for among so many results, and so many are shown.
+	maxResults    = 10_000
+	resultsOnPage = 500
 )
 
 // overviewData is what the first page shows. What the client may not see is nil.
@@ -283,6 +288,52 @@ func (p *Page) refusals(w http.ResponseWriter, r *http.Request, v admin.View) er
 		Quarantined []cache.Record
 		Next        string
 	}{refusals[:len(refusals)-more], more, images, next}})
+}
+
+// warmingData are lists of images, and what nodes could not get.
+type warmingData struct {
+	Jobs    []warm.Job
+	Missing []missing.Missed
+	More    int // that are missing, beside those
+}
+
+func (p *Page) warming(w http.ResponseWriter, _ *http.Request, v admin.View) error {
+	lacking, err := v.Missing()
+	if err != nil {
+		return err
+	}
+	d := warmingData{Jobs: v.WarmJobs(), Missing: lacking[:min(len(lacking), eventsOnPage)], More: max(0, len(lacking)-eventsOnPage)}
+	return p.show(w, "warming", http.StatusOK, content{Title: "Warming", At: "/warming", About: v.About(), Live: true, Data: d})
+}
+
+// jobData is a list of images, and what became of them.
+type jobData struct {
+	Job       warm.Job
+	Results   []warm.Result // those that failed first
+	More      int           // results beside those
+	MayCancel bool
+}
+
+func (p *Page) job(w http.ResponseWriter, r *http.Request, v admin.View, id string) error {
+	progress, err := v.WarmProgress(r.Context(), id, 0, maxResults, 0)
+	if err != nil {
+		return err
+	}
+	d := jobData{Job: progress.Job, Results: progress.Results, MayCancel: !progress.Job.Finished() && v.MayCancelWarm(id) == nil}
+	slices.SortStableFunc(d.Results, func(a, b warm.Result) int {
+		return cmp.Compare(failedFirst(a), failedFirst(b))
+	})
+	known := d.Job.Held + d.Job.Fetched + d.Job.Would + d.Job.Failed
+	d.Results = d.Results[:min(len(d.Results), resultsOnPage)]
+	d.More = max(0, known-len(d.Results))
+	return p.show(w, "job", http.StatusOK, content{Title: cmp.Or(d.Job.Name, "List "+d.Job.ID), At: "/warming", About: v.About(), Live: !d.Job.Finished(), Data: d})
+}
+
+func failedFirst(r warm.Result) int {
+	if r.Outcome == warm.Failed {
+		return 0
+	}
+	return 1
 }
 
 // kinds are those that events can be chosen by, in groups that somebody looks for.

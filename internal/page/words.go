@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 )
 
@@ -30,6 +31,8 @@ func (p *Page) functions() template.FuncMap {
 		},
 		"percent": percent,
 		"state":   stateOf,
+		"job":     jobText,
+		"jobDone": func(j warm.Job) int { return j.Held + j.Fetched + j.Would + j.Failed },
 		"breaker": breakerText,
 		"has":     slices.Contains[[]string],
 		"kind":    kindOf,
@@ -108,6 +111,21 @@ func stateOf(rec cache.Record) state {
 		return state{"warn", "not for rkt"}
 	}
 	return state{"good", "ok"}
+}
+
+// jobText says how far a list has come.
+func jobText(j warm.Job) state {
+	switch {
+	case !j.Finished():
+		return state{"new", j.State}
+	case j.State == warm.Cancelled:
+		return state{"warn", j.State}
+	case !j.Good():
+		return state{"bad", "not all there"}
+	case j.DryRun:
+		return state{"good", "could be had"}
+	}
+	return state{"good", "all there"}
 }
 
 // kindOf says how good or bad a kind of event is, in a word for its colour.

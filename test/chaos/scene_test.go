@@ -298,6 +298,8 @@ type run struct {
 
 	mu   sync.Mutex
 	told []answer // whole answers, in order, but for those with the bad image
+
+	brought error // how the command ended that a bringing is
 }
 
 // newRun begins with a copy of a data directory; "" is an empty one. It is removed when the test ends.

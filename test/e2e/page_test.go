@@ -193,7 +193,7 @@ func TestPages(t *testing.T) {
 	s.inspected(base)
 
 	b := s.browse(token)
-	for _, path := range []string{"/", "/?range=day", "/?range=week", "/images", "/images?sort=size&reverse=true", "/trust", "/publishers", "/publishers?image=example.com/web", "/refusals", "/events", "/config"} {
+	for _, path := range []string{"/", "/?range=day", "/?range=week", "/images", "/images?sort=size&reverse=true", "/trust", "/publishers", "/publishers?image=example.com/web", "/refusals", "/events", "/config", "/warming"} {
 		b.open(path)
 	}
 	t.Run("search, by keyboard", func(t *testing.T) {
@@ -220,6 +220,44 @@ func TestPages(t *testing.T) {
 		b.open("/events")
 		if text := b.text("tbody tr"); !strings.Contains(text, "pinned") || !strings.Contains(text, "by admin") {
 			t.Errorf("the latest event is %q, want who has pinned it", text)
+		}
+	})
+	t.Run("lists, and what is missing", func(t *testing.T) {
+		wantStatus(t, s.get(s.plain()+directPath("example.com/nobody-has-it", map[string]string{"version": "1"}, "aci")), http.StatusNotFound)
+		if code, out := s.cli("warm", "--name", "rollout", "example.com/web:1.0.0", "example.com/not-there:1.0.0"); code != 2 {
+			t.Fatalf("acproxy warm = %d\n%s", code, out)
+		}
+		b.open("/warming")
+		for selector, wants := range map[string][]string{"#jobs tbody": {"rollout", "not all there", "of 4"}, "#missing tbody": {"example.com/nobody-has-it", "1 time"}} {
+			for _, want := range wants {
+				if text := b.text(selector); !strings.Contains(text, want) {
+					t.Errorf("%s says nothing of %q:\n%s", selector, want, text)
+				}
+			}
+		}
+		b.picture("warming")
+		b.do(chromedp.Click("#jobs tbody th a", chromedp.ByQuery), chromedp.WaitVisible("#job tbody", chromedp.ByQuery))
+		if text := b.text("#job tbody tr"); !strings.Contains(text, "failed") {
+			t.Errorf("what failed isn't first: %q", text)
+		}
+		if text := b.text("#job tbody"); !strings.Contains(text, "example.com/base") || !strings.Contains(text, "needed by example.com/web") || !strings.Contains(text, "held") {
+			t.Errorf("the results are\n%s", text)
+		}
+		b.picture("job")
+	})
+	t.Run("a list is ended", func(t *testing.T) {
+		s.publisher.Misbehave(publisher.URL("example.com/slow*"), publisher.Fault{Delay: time.Hour})
+		if code, out := s.cli("warm", "--detach", "--name", "slow one", "example.com/slow:1.0.0"); code != 0 {
+			t.Fatalf("acproxy warm --detach = %d\n%s", code, out)
+		}
+		b.open("/warming")
+		b.do(chromedp.Click("#jobs tbody th a", chromedp.ByQuery), chromedp.WaitVisible("form .danger", chromedp.ByQuery))
+		if text := b.text("h1"); text != "slow one" {
+			t.Errorf("the page is about %q", text)
+		}
+		b.do(chromedp.Click("form .danger", chromedp.ByQuery), chromedp.WaitNotPresent("form .danger", chromedp.ByQuery))
+		if text := b.text("#job"); !strings.Contains(text, "cancelled") {
+			t.Errorf("the page says\n%s", text)
 		}
 	})
 	t.Run("deleting needs a second thought", func(t *testing.T) {

@@ -191,7 +191,13 @@ func merge(under, over map[string]any) map[string]any {
 // start starts the server and waits until it serves.
 func (s *scene) start() {
 	s.t.Helper()
-	p := launch(s.t, "serve", "--config", s.config)
+	s.begin(command("serve", "--config", s.config))
+}
+
+// begin starts a command that ends up as the server, and waits until it serves.
+func (s *scene) begin(cmd *exec.Cmd) {
+	s.t.Helper()
+	p := launchCommand(s.t, cmd)
 	s.running.Store(p)
 	s.t.Cleanup(p.cleanup)
 	select {

@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -27,7 +28,7 @@ import (
 
 // Options says how a node reaches acproxy.
 type Options struct {
-	// Resolve says which address to connect to for a host:port; what it doesn't know, or if it is nil, nothing is dialled for.
+	// Resolve says which address to connect to for a host:port, "unix:" and a path for a unix socket; what it doesn't know, or if it is nil, nothing is dialled for.
 	Resolve func(hostport string) (address string, ok bool)
 	CAs     *x509.CertPool // whom the node trusts for TLS
 	Proxy   *url.URL       // the node's HTTPS_PROXY and HTTP_PROXY; nil means none
@@ -53,6 +54,9 @@ func New(o Options) *Node {
 			}
 			if !ok {
 				return nil, fmt.Errorf("the node doesn't know where %s is", hostport)
+			}
+			if path, ok := strings.CutPrefix(address, "unix:"); ok {
+				network, address = "unix", path
 			}
 			var d net.Dialer
 			return d.DialContext(ctx, network, address)
