@@ -160,6 +160,8 @@ func TestChangeWhileDialling(t *testing.T) {
 	dialling := make(chan struct{}, 10)
 	good := Config{Environment: noProxy, Hosts: map[string]string{"example.com": s.Listener.Addr().String()}, Rules: []Rule{{Prefix: "example.com", RootCAs: ca}}}
 	silent := good
+	// It is not its own time that ends it.
+	silent.ConnectTimeout, silent.Timeout = time.Hour, time.Hour
 	silent.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 		dialling <- struct{}{}
 		<-ctx.Done()
@@ -195,7 +197,7 @@ func TestChangeWhileDialling(t *testing.T) {
 	checkError(t, (<-done).err, acproxy.ErrOffline, "offline")
 }
 
-// TestChangeWhileWaiting: a request that waits for its turn goes by what was changed.
+// TestChangeWhileWaiting: a request that waits for its turn goes by what was changed, although there is a connection from before that it could use.
 func TestChangeWhileWaiting(t *testing.T) {
 	var c *Client
 	hold := make(chan struct{})
@@ -207,7 +209,7 @@ func TestChangeWhileWaiting(t *testing.T) {
 	})
 	cfg := Config{
 		Environment: noProxy, Hosts: map[string]string{"example.com": s.Listener.Addr().String()}, Rules: []Rule{{Prefix: "example.com", RootCAs: ca}},
-		Limits: Limits{MaxConnections: 1},
+		Limits: Limits{Rate: 2, Burst: 1},
 	}
 	c = client(t, cfg)
 	first, _, err := c.Get(t.Context(), "example.com/app", "image", "https://example.com/", nil)
@@ -216,7 +218,7 @@ func TestChangeWhileWaiting(t *testing.T) {
 	}
 	failed := make(chan error, 1)
 	go func() {
-		_, _, err := c.Get(t.Context(), "example.com/app", "image", "https://example.com/", nil)
+		_, _, err := c.Get(t.Context(), "example.com/app", "signature", "https://example.com/", nil)
 		failed <- err
 	}()
 	for c.Hosts()[0].Waiting == 0 {
@@ -225,11 +227,11 @@ func TestChangeWhileWaiting(t *testing.T) {
 	off := cfg
 	off.Offline = true
 	c.Change(off)
+	checkError(t, <-failed, acproxy.ErrOffline, "offline")
 	close(hold)
 	if body := read(t, first); body != "to the end" {
 		t.Errorf("an answer that had begun ended with %q", body)
 	}
-	checkError(t, <-failed, acproxy.ErrOffline, "offline")
 	if host := c.Hosts()[0]; host.InProgress != 0 || host.Waiting != 0 {
 		t.Errorf("in progress %d, waiting %d", host.InProgress, host.Waiting)
 	}
