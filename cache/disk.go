@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -59,7 +60,7 @@ type Options struct {
 	// KeepPartials is for how long what has arrived of an image is kept without being taken up again; 0 means DefaultKeepPartials, less than 0 not at
 	// all.
 	KeepPartials time.Duration
-	Quota        Quota // how much space the store may take
+	Quota        Quota // how much space the store may take, until [Disk.SetQuota]
 	// Idle keeps the store from scrubbing in the background, and from evicting anything that doesn't stand in the way of something that arrives. It is for
 	// those who only look into it.
 	Idle bool
@@ -77,6 +78,8 @@ type Options struct {
 	// MaxMapped is about how many bytes of the index stay mapped into memory between uses; 0 means DefaultMaxMapped. A smaller number makes
 	// changes and listings of a large store slower, and look-ups of single images not: those go past the map.
 	MaxMapped int64
+
+	evictAgain time.Duration // 0 means defaultEvictAgain
 }
 
 // DefaultMaxMapped is enough for the whole index of ten thousand images.
@@ -96,6 +99,7 @@ type Disk struct {
 	keepPartials time.Duration
 	maxMapped    int64
 	idle         bool
+	evictAgain   time.Duration
 	tellEvicted  func(Eviction)
 	tellLost     func(Record)
 	inspect      func(io.Reader) (acproxy.ImageID, error)
@@ -164,7 +168,7 @@ func Open(dir string, opts Options) (*Disk, error) {
 func newDisk(dir string, opts Options) *Disk {
 	d := &Disk{
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
-		idle: opts.Idle, tellEvicted: opts.Evicted, tellLost: opts.Lost, inspect: opts.Inspect, schedule: opts.Scrub, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
+		idle: opts.Idle, evictAgain: cmp.Or(opts.evictAgain, defaultEvictAgain), tellEvicted: opts.Evicted, tellLost: opts.Lost, inspect: opts.Inspect, schedule: opts.Scrub, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
 		memory: newMemory(), cleaned: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
 		suspended: make(map[string]suspended), shards: make(map[string]bool),
 	}

@@ -106,10 +106,13 @@ const maxTogetherEvicted = 32
 // evictor is the one that evicts. Everybody else asks it, so that a store that is full sees one deletion after the other instead of all at once.
 func (d *Disk) evictor() {
 	defer d.space.close()
+	var later <-chan time.Time
 	for {
 		select {
 		case <-d.wakeups:
-			d.makeRoom()
+			later = d.makeRoom()
+		case <-later:
+			later = d.makeRoom()
 		case q := <-d.demands:
 			freed, err := d.evictFor(q)
 			q.done <- freedOrError{freed, err}
@@ -147,8 +150,12 @@ func (d *Disk) ask(ctx context.Context, q demand) (Freed, error) {
 	}
 }
 
-// makeRoom gives those who wait for space their answer, and then goes down to the low watermark if more is taken than the high one allows.
-func (d *Disk) makeRoom() {
+// defaultEvictAgain is when it is looked again for what can be evicted when that wasn't enough: images leave their grace without anybody telling.
+const defaultEvictAgain = time.Minute
+
+// makeRoom gives those who wait for space their answer, and then goes down to the low watermark if more is taken than the high one allows. It returns when to
+// do so again, nil unless more is taken still.
+func (d *Disk) makeRoom() (later <-chan time.Time) {
 	lowering := false
 	for d.ctx.Err() == nil {
 		if p := d.space.next(); p != nil {
@@ -156,31 +163,32 @@ func (d *Disk) makeRoom() {
 			continue
 		}
 		if d.idle || d.readOnly {
-			return
+			return nil
 		}
 		d.space.mu.Lock()
 		known := d.space.unknown == 0
-		above, missing := d.space.above(d.space.quota.High), d.space.above(d.space.quota.Low)
+		above, missing := d.space.above(d.space.quota().High), d.space.above(d.space.quota().Low)
 		d.space.mu.Unlock()
 		if !known || above <= 0 && !lowering || missing <= 0 {
-			return
+			return nil
 		}
 		lowering = true
 		// A batch at a time: somebody may have begun to wait for space.
 		plan, err := d.plan(missing, maxTogetherEvicted, false)
 		if err != nil {
 			d.log.Error("looking for what to evict", "err", err)
-			return
+			return time.After(d.evictAgain)
 		}
 		freed, err := d.evict(plan.victims, ReasonHigh)
 		if err != nil {
 			d.log.Error("evicting", "err", err)
-			return
+			return time.After(d.evictAgain)
 		}
 		if freed.Bytes == 0 {
-			return
+			return time.After(d.evictAgain)
 		}
 	}
+	return nil
 }
 
 // maxRounds is how often something is chosen anew because what was chosen had changed when it was its turn.
@@ -220,9 +228,9 @@ func (d *Disk) noRoom(p *promise, room int64, limit string, plan *planner) error
 	d.space.mu.Lock()
 	defer d.space.mu.Unlock()
 	s := d.space
-	by := fmt.Sprintf("cache.max_size (%s)", size(s.quota.MaxSize))
+	by := fmt.Sprintf("cache.max_size (%s)", size(s.quota().MaxSize))
 	if limit == codeFree {
-		by = fmt.Sprintf("cache.min_free (%s)", size(s.quota.MinFree))
+		by = fmt.Sprintf("cache.min_free (%s)", size(s.quota().MinFree))
 	}
 	images := s.totals.Blobs + s.totals.Sidecars
 	rest := images - s.totals.Pinned - plan.sum
@@ -282,7 +290,7 @@ func (d *Disk) missing(target int64) (taken, to, missing int64) {
 	if target >= 0 {
 		return taken, target, taken - target
 	}
-	missing = max(0, d.space.above(d.space.quota.Low))
+	missing = max(0, d.space.above(d.space.quota().Low))
 	return taken, taken - missing, missing
 }
 

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"strconv"
+	"time"
 
 	bolt "go.etcd.io/bbolt"
 )
@@ -22,6 +23,11 @@ func SetSchema(path string, version int) error {
 		return err
 	}
 	return db.Close()
+}
+
+// EvictAgain has a store look again after that time for what can be evicted when it was not enough.
+func EvictAgain(after time.Duration) func(*Options) {
+	return func(o *Options) { o.evictAgain = after }
 }
 
 // KeptRefs reports whether the table of refs names all that there are, so that nothing is going to write it before more change.

@@ -346,7 +346,7 @@ func (p *planner) examine(tx *bolt.Tx, place []byte) (examined, error) {
 	case p.d.leases.inUse(digest), p.d.touchedSince(digest), p.gone[digest]:
 		// The last case is one that was chosen at the place that it had before it was used again.
 		x.why = KeptInUse
-	case p.now.Sub(x.used) < p.d.space.quota.Grace:
+	case p.now.Sub(x.used) < p.d.space.quota().Grace:
 		x.why = KeptGrace
 	case x.h.Quarantined():
 		// It serves nobody.
@@ -382,7 +382,7 @@ func (d *Disk) touchedSince(digest acproxy.Digest) bool {
 // lastCopy reports whether an image is protected as one that its publisher has no more: a ref that it answers is gone there, and so are all others
 // that anybody would ask the publisher for again. One with a version is asked for only once, so that its silence says nothing.
 func (p *planner) lastCopy(tx *bolt.Tx, digest acproxy.Digest) (bool, error) {
-	if p.d.space.quota.LastCopies {
+	if p.d.space.quota().LastCopies {
 		return false, nil
 	}
 	gone, there := false, false

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -79,7 +80,8 @@ const (
 // space counts what a store takes and what is promised. Whoever writes something asks first; if it doesn't fit, the evictor is told, and he waits
 // for its answer.
 type space struct {
-	quota Quota
+	// limit is the quota that counts. It is replaced with mu held, and read without.
+	limit atomic.Pointer[Quota]
 	free  func() (int64, error) // of the file system
 	wake  func()                // the evictor
 
@@ -117,9 +119,24 @@ type promise struct {
 }
 
 func newSpace(quota Quota, free func() (int64, error), wake func()) *space {
-	return &space{
-		quota: quota.withDefaults(), free: free, wake: wake, known: make(chan struct{}), dirs: make(map[string]int64), arriving: make(map[*Partial]struct{}),
+	s := &space{
+		free: free, wake: wake, known: make(chan struct{}), dirs: make(map[string]int64), arriving: make(map[*Partial]struct{}),
 	}
+	s.setQuota(quota)
+	return s
+}
+
+// quota returns the quota that counts now.
+func (s *space) quota() Quota { return *s.limit.Load() }
+
+// setQuota puts another quota in the place of the one that counts, and has whoever waits for space answered by it.
+func (s *space) setQuota(q Quota) {
+	q = q.withDefaults()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limit.Store(&q)
+	// By another one something else may be evicted.
+	s.loosened++
 }
 
 // freeSpace returns a function that says how many bytes of the file system of a directory are free for us.
@@ -172,7 +189,7 @@ func (s *space) uncountable(err error) {
 
 // await returns when the sums are known, unless there is no need to know them. It returns an error if they can't be, for now.
 func (s *space) await(ctx context.Context) error {
-	if s.quota.MaxSize == 0 {
+	if s.quota().MaxSize == 0 {
 		return nil
 	}
 	s.mu.Lock()
@@ -223,14 +240,15 @@ func (s *space) unwritten() int64 {
 
 // room is how much more can be promised, less than 0 if too much is taken, and which of the limits says so. The caller holds mu.
 func (s *space) room() (n int64, limit string) {
+	q := s.quota()
 	n = math.MaxInt64
-	if s.quota.MaxSize > 0 {
-		n, limit = s.quota.MaxSize-s.taken(), codeQuota
+	if q.MaxSize > 0 {
+		n, limit = q.MaxSize-s.taken(), codeQuota
 	}
-	if s.quota.MinFree > 0 {
+	if q.MinFree > 0 {
 		// What can't be asked says nothing against writing; the write will.
 		if free, err := s.free(); err == nil {
-			if left := free - s.quota.MinFree - s.unwritten(); left < n {
+			if left := free - q.MinFree - s.unwritten(); left < n {
 				n, limit = left, codeFree
 			}
 		}
@@ -242,10 +260,11 @@ func (s *space) room() (n int64, limit string) {
 func (s *space) usage() Usage {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	q := s.quota()
 	u := Usage{
 		Blobs: s.totals.Blobs, Sidecars: s.totals.Sidecars, Index: s.index + s.aside, Quarantine: s.quarantine, Names: s.names, Directories: s.dirSum,
 		Pinned: s.totals.Pinned, Promised: housekeeping, Images: s.totals.Images, Quarantined: s.totals.Quarantined,
-		Room: Room{MaxSize: s.quota.MaxSize, MinFree: s.quota.MinFree, High: s.quota.High, Low: s.quota.Low},
+		Room: Room{MaxSize: q.MaxSize, MinFree: q.MinFree, High: q.High, Low: q.Low},
 	}
 	promised := int64(0)
 	for p := range s.arriving {
@@ -255,9 +274,9 @@ func (s *space) usage() Usage {
 		u.Promised += p.promised - written
 		promised += p.promised
 	}
-	if s.quota.MaxSize > 0 {
+	if q.MaxSize > 0 {
 		// What was written without asking is a part of what was promised to that.
-		u.Promised -= min(housekeeping, max(0, s.taken()-s.quota.MaxSize))
+		u.Promised -= min(housekeeping, max(0, s.taken()-q.MaxSize))
 	}
 	u.Partials += s.suspended
 	u.Open = s.loose - promised - s.suspended
@@ -273,7 +292,7 @@ const (
 
 // above returns by how much what is taken is above a watermark, given in per cent of what may be taken. The caller holds mu.
 func (s *space) above(percent int) int64 {
-	if !s.quota.limits() {
+	if !s.quota().limits() {
 		return 0
 	}
 	room, _ := s.room()
@@ -287,19 +306,27 @@ func (s *space) above(percent int) int64 {
 
 // promise promises n bytes, once there is space for them. What it is for stands in the error if there isn't.
 func (s *space) promise(ctx context.Context, n int64, what string) error {
-	if n <= 0 || !s.quota.limits() {
+	if n <= 0 || !s.quota().limits() {
 		s.add(n)
 		return nil
 	}
-	if err := s.await(ctx); err != nil {
-		return err
+	for {
+		by := s.limit.Load()
+		if err := s.await(ctx); err != nil {
+			return err
+		}
+		s.mu.Lock()
+		if s.limit.Load() == by {
+			break
+		}
+		// Another quota may ask for sums that this one didn't need to know.
+		s.mu.Unlock()
 	}
-	s.mu.Lock()
 	switch {
 	case len(s.waiting) == 0 && s.fits(n):
 		// Even when it is closed: the table of refs is written last.
 		s.loose += n
-		if s.above(s.quota.High) > 0 {
+		if s.above(s.quota().High) > 0 {
 			s.wake()
 		}
 		s.mu.Unlock()
@@ -332,15 +359,15 @@ func (s *space) promise(ctx context.Context, n int64, what string) error {
 func (s *space) tryPromise(n int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.quota.limits() {
+	if !s.quota().limits() {
 		s.loose += n
 		return true
 	}
-	if s.closed || s.unknown > 0 && s.quota.MaxSize > 0 || len(s.waiting) > 0 || !s.fits(n) {
+	if s.closed || s.unknown > 0 && s.quota().MaxSize > 0 || len(s.waiting) > 0 || !s.fits(n) {
 		return false
 	}
 	s.loose += n
-	if s.above(s.quota.High) > 0 {
+	if s.above(s.quota().High) > 0 {
 		s.wake()
 	}
 	return true
@@ -386,10 +413,10 @@ func (s *space) next() *promise {
 		switch {
 		case s.fits(p.n):
 			s.grant(p)
-		case s.quota.MaxSize > 0 && p.n+s.fixed() > s.quota.MaxSize:
+		case s.quota().MaxSize > 0 && p.n+s.fixed() > s.quota().MaxSize:
 			s.refuse(p, &acproxy.Error{
 				Kind: acproxy.ErrNoSpace, Code: codeQuota,
-				Detail: fmt.Sprintf("%s needs %s, which is more than cache.max_size (%s) leaves for images, were there no others: raise it", p.what, size(p.n), size(s.quota.MaxSize)),
+				Detail: fmt.Sprintf("%s needs %s, which is more than cache.max_size (%s) leaves for images, were there no others: raise it", p.what, size(p.n), size(s.quota().MaxSize)),
 			})
 		default:
 			return p
@@ -459,6 +486,13 @@ func diskBytes(fi os.FileInfo) int64 {
 		return 512 * stat.Blocks
 	}
 	return blocks(fi.Size())
+}
+
+// SetQuota puts another quota in the place of [Options.Quota]. What is too much by it is evicted at once, as far as it may be, in the background; until that is
+// done more may be taken than it says. Whoever waits for space gets his answer by the new one.
+func (d *Disk) SetQuota(q Quota) {
+	d.space.setQuota(q)
+	d.wake()
 }
 
 // weigh returns the space that a file takes, or a directory with all that is in it.

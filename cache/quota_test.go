@@ -436,6 +436,111 @@ func TestWatermarks(t *testing.T) {
 	w.counted("at the low watermark")
 }
 
+// TestSetQuota: a smaller quota is come down to at once, a larger one counts for the next image.
+func TestSetQuota(t *testing.T) {
+	w := newWarden(t, cache.Quota{})
+	for i := range 14 {
+		w.commit(image(fmt.Sprint("app", i), 1*mib))
+	}
+	downTo := func(most, images int64) {
+		t.Helper()
+		w.until(fmt.Sprintf("no more than %d are taken", most), func() bool {
+			u := w.usage()
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return u.Total()+u.Promised <= most && u.Images == images && u.Images+int64(len(w.evicted)) == 14
+		})
+	}
+	w.SetQuota(cache.Quota{MaxSize: 20 * mib, High: 80, Low: 50, Grace: -1})
+	w.SetQuota(cache.Quota{MaxSize: 16 * mib, High: 60, Low: 50, Grace: -1})
+	downTo(8*mib, 6)
+	if room := w.usage().Room; room.MaxSize != 16*mib || room.High != 60 || room.Low != 50 {
+		t.Errorf("Usage says %+v", room)
+	}
+	// What doesn't fit by the one fits by the next.
+	_, err := w.Begin(t.Context(), cache.Arrival{Size: 30 * mib})
+	wantNoSpace(t, err, "quota")
+	w.SetQuota(cache.Quota{MaxSize: 64 * mib})
+	p, err := w.Begin(t.Context(), cache.Arrival{Size: 30 * mib})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	w.SetQuota(cache.Quota{})
+	if p, err = w.Begin(t.Context(), cache.Arrival{Size: 30 << 30}); err != nil {
+		t.Fatalf("without a quota: %v", err)
+	}
+	if err := p.Discard(); err != nil {
+		t.Fatal(err)
+	}
+	w.counted("at the end")
+}
+
+// TestSetQuotaWithinTheGrace: what is too much by a new quota goes when it may, although nobody asks for space; and a shorter grace lets it go at once.
+func TestSetQuotaWithinTheGrace(t *testing.T) {
+	w := newWarden(t, cache.Quota{}, cache.EvictAgain(10*time.Millisecond))
+	for i := range 10 {
+		w.commit(image(fmt.Sprint("app", i), 1*mib))
+	}
+	left := func(images int64) {
+		t.Helper()
+		w.until(fmt.Sprintf("%d images are left", images), func() bool { return w.usage().Images == images })
+	}
+	w.SetQuota(cache.Quota{MaxSize: 16 * mib, High: 50, Low: 50, Grace: 12 * time.Minute})
+	time.Sleep(50 * time.Millisecond) // it looks at them some times, and lets them be
+	if gone := w.gone(); gone != "" {
+		t.Errorf("within their grace %s were evicted", gone)
+	}
+	w.later(3 * time.Minute) // the first is 12 minutes old, the second 11
+	left(9)
+	w.SetQuota(cache.Quota{MaxSize: 16 * mib, High: 50, Low: 50, Grace: 11 * time.Minute})
+	left(8)
+	w.SetQuota(cache.Quota{MaxSize: 16 * mib, High: 50, Low: 50, Grace: -1})
+	left(6)
+	if gone := w.gone(); gone != "app0 app1 app2 app3" {
+		t.Errorf("evicted were %s", gone)
+	}
+}
+
+// TestSetQuotaWhileImagesArrive has the quota change while images arrive and are read: once it stays the same it is kept, and the books are right.
+func TestSetQuotaWhileImagesArrive(t *testing.T) {
+	w := newWarden(t, cache.Quota{MaxSize: 32 * mib, Grace: -1})
+	var writers sync.WaitGroup
+	stop := make(chan struct{})
+	for i := range 4 {
+		// They end when stop is closed; waited for below.
+		writers.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				img := image(fmt.Sprintf("app%d:%d", i, n), 300*kib)
+				img.Record.Fetched, img.Record.Used = w.now(), w.now()
+				if err := commitSized(t.Context(), w, img); err != nil && !errors.Is(err, acproxy.ErrNoSpace) {
+					t.Errorf("committing: %v", err)
+					return
+				}
+			}
+		})
+	}
+	quotas := []cache.Quota{{MaxSize: 17 * mib, Grace: -1}, {}, {MaxSize: 24 * mib, High: 60, Low: 40, Grace: -1}, {MinFree: 1, Grace: -1}, {MaxSize: 20 * mib, Grace: -1}}
+	for i := range 50 {
+		w.SetQuota(quotas[i%len(quotas)])
+		time.Sleep(2 * time.Millisecond) // for some images to arrive by it
+	}
+	close(stop)
+	writers.Wait()
+	w.until("the last quota is kept", func() bool {
+		u := w.usage()
+		return u.Total()+u.Promised <= 20*mib*95/100
+	})
+	w.counted("after all")
+}
+
 // TestWhatIsKept goes through the reasons for keeping an image, alone and together.
 func TestWhatIsKept(t *testing.T) {
 	type scene struct {

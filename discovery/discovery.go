@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -52,7 +53,7 @@ type Rule struct {
 // Config says how a Finder works. Its fields may not change after New.
 type Config struct {
 	Web   *web.Client
-	Rules []Rule
+	Rules []Rule // until [Finder.SetRules]
 
 	PositiveTTL time.Duration // how long a page with tags is remembered; 0 means DefaultPositiveTTL, less than 0 not at all
 	NegativeTTL time.Duration // how long a page without tags, or a 4xx, is remembered; 0 means DefaultNegativeTTL, less than 0 not at all
@@ -65,7 +66,7 @@ type Config struct {
 // A Finder walks up discovery pages and remembers them. It is safe for concurrent use.
 type Finder struct {
 	cfg   Config
-	rules []Rule // by prefix, longest first; the last one matches every name
+	rules atomic.Pointer[rules]
 	pages *pages
 	group singleflight.Group
 
@@ -76,7 +77,14 @@ type Finder struct {
 
 	mu         sync.Mutex
 	closed     bool
-	generation int // counts calls of Forget: what was asked for before one must not be remembered after it
+	generation int // counts calls of Forget and SetRules: what was asked for before one must not be remembered after it
+}
+
+// rules are the rules that count until others take their place. They don't change.
+type rules struct {
+	all    []Rule    // by prefix, longest first; the last one matches every name
+	number int       // how often others were there before
+	since  time.Time // since when; zero for the first ones
 }
 
 // Found is what discovery gave for a name: the templates, or the keys, of the first page that has any.
@@ -98,14 +106,34 @@ func New(cfg Config) *Finder {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	f := &Finder{cfg: cfg, rules: append(slices.Clone(cfg.Rules), Rule{}), pages: newPages(cfg.MaxPages, cfg.Now)}
-	for i := range f.rules {
-		f.rules[i].Prefix = strings.TrimSuffix(f.rules[i].Prefix, "/")
-	}
-	slices.SortStableFunc(f.rules, func(a, b Rule) int { return len(b.Prefix) - len(a.Prefix) })
+	f := &Finder{cfg: cfg, pages: newPages(cfg.MaxPages, cfg.Now)}
+	f.rules.Store(&rules{all: inOrder(cfg.Rules)})
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	return f
 }
+
+// inOrder returns the rules by prefix, longest first, with one that matches every name at the end.
+func inOrder(given []Rule) []Rule {
+	all := append(slices.Clone(given), Rule{})
+	for i := range all {
+		all[i].Prefix = strings.TrimSuffix(all[i].Prefix, "/")
+	}
+	slices.SortStableFunc(all, func(a, b Rule) int { return len(b.Prefix) - len(a.Prefix) })
+	return all
+}
+
+// SetRules puts others in the place of [Config.Rules], from the next walk on. All pages are forgotten: they may have come from somewhere else, or by a way
+// that is not allowed any more. It is called after [web.Client.Change], where both change.
+func (f *Finder) SetRules(given []Rule) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.generation++
+	f.rules.Store(&rules{all: inOrder(given), number: f.generation, since: f.cfg.Now()})
+	f.pages.clear()
+}
+
+// Since returns since when the rules count, zero if they always did: what was found before was found by others.
+func (f *Finder) Since() time.Time { return f.rules.Load().since }
 
 func orDefault[T comparable](v, fallback T) T {
 	var zero T
@@ -136,12 +164,12 @@ func (f *Finder) Templates(ctx context.Context, name string) (Found, error) {
 	if err := acproxy.CheckName(name); err != nil {
 		return Found{}, err
 	}
-	i := f.ruleOf(name)
-	rule := f.rules[i]
+	by := f.ruleOf(name)
+	rule := by.Rule
 	if len(rule.Templates) > 0 {
 		return fixed(rule, name), nil
 	}
-	found, err := f.walk(ctx, name, i, func(tags Tags, found *Found) bool {
+	found, err := f.walk(ctx, name, by, func(tags Tags, found *Found) bool {
 		found.Templates = tags.Templates
 		return len(found.Templates) > 0
 	})
@@ -159,12 +187,12 @@ func (f *Finder) Keys(ctx context.Context, name string) (Found, error) {
 	if err := acproxy.CheckName(name); err != nil {
 		return Found{}, err
 	}
-	i := f.ruleOf(name)
-	if len(f.rules[i].Templates) > 0 {
+	by := f.ruleOf(name)
+	if len(by.Templates) > 0 {
 		detail := "the templates of " + name + " are fixed in the configuration, so that no page is asked for its keys: add them by file or URL"
 		return Found{}, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "not-discovered", Detail: detail}
 	}
-	return f.walk(ctx, name, i, func(tags Tags, found *Found) bool {
+	return f.walk(ctx, name, by, func(tags Tags, found *Found) bool {
 		for _, key := range tags.Keys {
 			found.Keys, found.KeyTags = append(found.Keys, key.URL), append(found.KeyTags, key)
 		}
@@ -185,8 +213,16 @@ func (f *Finder) Forget(name string) {
 	}
 }
 
-func (f *Finder) ruleOf(name string) int {
-	return slices.IndexFunc(f.rules, func(r Rule) bool { return acproxy.HasPrefix(name, r.Prefix) })
+// A ruling is the rule that a walk goes by to its end, and its place among the rules that counted when it began.
+type ruling struct {
+	Rule
+	place string
+}
+
+func (f *Finder) ruleOf(name string) ruling {
+	r := f.rules.Load()
+	i := slices.IndexFunc(r.all, func(r Rule) bool { return acproxy.HasPrefix(name, r.Prefix) })
+	return ruling{r.all[i], strconv.Itoa(r.number) + "." + strconv.Itoa(i)}
 }
 
 // parent returns the name a segment shorter, "" for a host alone.
@@ -210,7 +246,7 @@ func fixed(rule Rule, name string) Found {
 // Fixed returns the templates that rules fix, so that a URL can be taken back to what it asks for.
 func (f *Finder) Fixed() []Template {
 	var out []Template
-	for _, rule := range f.rules {
+	for _, rule := range f.rules.Load().all {
 		for _, template := range rule.Templates {
 			out = append(out, Template{Prefix: rule.Prefix, URL: template})
 		}
@@ -219,7 +255,7 @@ func (f *Finder) Fixed() []Template {
 }
 
 // walk climbs from a name's page to the host's until choose finds what it wants among the tags for the name.
-func (f *Finder) walk(ctx context.Context, name string, rule int, choose func(Tags, *Found) bool) (Found, error) {
+func (f *Finder) walk(ctx context.Context, name string, rule ruling, choose func(Tags, *Found) bool) (Found, error) {
 	var found Found
 	for level := name; level != ""; level = parent(level) {
 		p, err := f.page(ctx, name, rule, level)
@@ -294,13 +330,13 @@ func count(n int, what string) string {
 
 // key names a page among those remembered. The rules are part of it: a page that one name may be discovered from by http, by another
 // authority's certificate or at another host says nothing about a name for which that is forbidden.
-func (f *Finder) key(name string, rule int, level string) string {
-	return strconv.Itoa(rule) + " " + f.cfg.Web.Rule(name).Prefix + " " + level
+func (f *Finder) key(name string, rule ruling, level string) string {
+	return rule.place + " " + f.cfg.Web.Rule(name).Prefix + " " + level
 }
 
 // page returns a page, remembered or asked for now. Those who want the same page at once share one request, which does not end with any of
 // them.
-func (f *Finder) page(ctx context.Context, name string, rule int, level string) (*page, error) {
+func (f *Finder) page(ctx context.Context, name string, rule ruling, level string) (*page, error) {
 	key := f.key(name, rule, level)
 	if p := f.pages.get(key); p != nil {
 		again := *p
@@ -327,7 +363,7 @@ func (f *Finder) page(ctx context.Context, name string, rule int, level string) 
 }
 
 // ask gets a page from its publisher and remembers it. life is the Finder's, with the trace of who asked first. Close ends it and waits for it.
-func (f *Finder) ask(life context.Context, name string, rule int, level, key string) (*page, error) {
+func (f *Finder) ask(life context.Context, name string, rule ruling, level, key string) (*page, error) {
 	f.mu.Lock()
 	generation := f.generation
 	if f.closed {
@@ -340,13 +376,13 @@ func (f *Finder) ask(life context.Context, name string, rule int, level, key str
 	ctx, cancel := context.WithTimeout(life, pageTimeout)
 	defer cancel()
 
-	p, err := f.fetch(ctx, name, f.rules[rule], level)
+	p, err := f.fetch(ctx, name, rule.Rule, level)
 	switch {
 	case err != nil && f.ctx.Err() != nil:
 		return nil, &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Detail: "discovery of " + name + ": the server is shutting down", Err: err}
 	case err != nil && ctx.Err() != nil && !errors.Is(err, acproxy.ErrTimeout):
 		detail := fmt.Sprintf("the discovery page of %s did not arrive within %v", level, pageTimeout)
-		attempt := acproxy.Attempt{What: "discovery", URL: pageURL("https", f.rules[rule], level), Err: detail}
+		attempt := acproxy.Attempt{What: "discovery", URL: pageURL("https", rule.Rule, level), Err: detail}
 		return nil, &acproxy.Error{Kind: acproxy.ErrTimeout, Code: "publisher-timeout", Detail: detail, Trace: acproxy.Trace{attempt}}
 	case err != nil:
 		return nil, err

@@ -476,6 +476,59 @@ func TestForgottenWhileAsking(t *testing.T) {
 	}
 }
 
+// TestSetRulesWhileAsking: a walk that has begun goes by its rules to its end, nobody who asks later shares its answer, and it isn't remembered.
+func TestSetRulesWhileAsking(t *testing.T) {
+	s := newSite(t, map[string]string{
+		"example.com/app":            tag("example.com", "https://old/{name}.{ext}"),
+		"pages.example.com:8443/app": tag("example.com", "https://new/{name}.{ext}"),
+	})
+	s.hold = make(chan struct{})
+	f := finder(t, Config{}, s.web())
+	if !f.Since().IsZero() {
+		t.Errorf("the first rules count since %v", f.Since())
+	}
+	ask := func() <-chan string {
+		done := make(chan string, 1)
+		go func() {
+			found, err := f.Templates(t.Context(), "example.com/app")
+			done <- fmt.Sprint(templateURLs(found), err)
+		}()
+		return done
+	}
+	before := ask()
+	for len(s.peek()) == 0 {
+		time.Sleep(time.Millisecond) // until it is asked
+	}
+	f.SetRules([]Rule{{Prefix: "example.com", Host: "pages.example.com:8443"}})
+	after := ask()
+	for len(s.peek()) == 1 {
+		time.Sleep(time.Millisecond) // until it is asked again
+	}
+	close(s.hold)
+	if got := <-before; got != "[https://old/{name}.{ext}] <nil>" {
+		t.Errorf("the walk that had begun found %s", got)
+	}
+	for _, got := range []string{<-after, <-ask()} {
+		if got != "[https://new/{name}.{ext}] <nil>" {
+			t.Errorf("later ones found %s", got)
+		}
+	}
+	if asked := s.took(); len(asked) != 2 {
+		t.Errorf("asked for %q", asked)
+	}
+	if f.Since().IsZero() {
+		t.Error("it isn't known since when the rules count")
+	}
+	f.SetRules([]Rule{{Prefix: "example.com", Templates: []string{"https://fixed/{name}.{ext}"}}})
+	if got := <-ask(); got != "[https://fixed/{name}.{ext}] <nil>" {
+		t.Errorf("with fixed templates: %s", got)
+	}
+	f.SetRules(nil)
+	if got := <-ask(); got != "[https://old/{name}.{ext}] <nil>" {
+		t.Errorf("with no rules any more: %s", got)
+	}
+}
+
 func TestClose(t *testing.T) {
 	s := newSite(t, map[string]string{})
 	s.hold = make(chan struct{})

@@ -119,5 +119,13 @@ func (p *pages) forget(key string) {
 	}
 }
 
+// clear forgets all pages.
+func (p *pages) clear() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.cache.Flush()
+	p.order = [2]*list.List{list.New(), list.New()}
+}
+
 // len returns how many pages are held, expired ones that nobody asked for among them.
 func (p *pages) len() int { return p.cache.ItemCount() }

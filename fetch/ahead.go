@@ -91,7 +91,7 @@ func (f *Fetcher) estimateAt(ctx context.Context, ref acproxy.Ref, policy Policy
 	}
 	signature, later, err := f.getSignature(ctx, ref.Name(), signatureURL, policy, trace)
 	if err == nil && !later {
-		_, err = f.judge(f.cfg.Keyring(), ref.Name(), signature, nil, policy)
+		_, err = f.judge(f.cfg.Keyring(), ref.Name(), signature, nil)
 	}
 	if err != nil {
 		return Estimate{}, err

@@ -93,7 +93,7 @@ func (f *Fetcher) examine(c Carried) (e examined, err error) {
 		e.held, e.signed = &rec, lastSigned(rec.Signers)
 		return e, nil
 	}
-	acceptance, err := f.judge(f.cfg.Keyring(), c.Name, c.Signature, nil, e.policy)
+	acceptance, err := f.judge(f.cfg.Keyring(), c.Name, c.Signature, nil)
 	if err != nil {
 		return e, err
 	}
@@ -258,7 +258,7 @@ func (f *Fetcher) claimCarried(c Carried, e examined, refs []acproxy.Ref) (d *do
 		return d, false, nil
 	}
 	d = &download{
-		f: f, key: key, name: c.Name, client: c.Client, keyring: f.cfg.Keyring().ID(), policy: e.policy, source: c.Source, endpoints: []string{c.Source}, signature: c.Signature, size: c.Size,
+		f: f, key: key, name: c.Name, client: c.Client, basis: f.basis(), policy: e.policy, source: c.Source, endpoints: []string{c.Source}, signature: c.Signature, size: c.Size,
 		carried: &c, modified: f.credible(c.Modified),
 		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
 		refs: make(map[acproxy.Ref]struct{}),
@@ -421,7 +421,7 @@ func (f *Fetcher) Verify(ctx context.Context, c Carried, body io.Reader) error {
 			return err
 		}
 	}
-	if _, err := f.judge(f.cfg.Keyring(), c.Name, c.Signature, hashed, e.policy); err != nil {
+	if _, err := f.judge(f.cfg.Keyring(), c.Name, c.Signature, hashed); err != nil {
 		return err
 	}
 	if wrong != nil {

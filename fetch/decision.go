@@ -75,6 +75,8 @@ type Rejudged struct {
 	Images      int // held
 	Quarantined int // of these not served because of what the keys and policies say now
 	Changed     int // since the last time
+	// Until is when the first of these verdicts may change by itself, because a key or a signature expires; zero if none does.
+	Until time.Time
 }
 
 // Evicted returns what is to be said of an image that was evicted.
@@ -104,10 +106,11 @@ func (f *Fetcher) Rejudge(ctx context.Context) (Rejudged, error) {
 		if err != nil {
 			return counted, err
 		}
-		outcomes, err := f.judgeAll(ctx, records)
+		outcomes, until, err := f.judgeAll(ctx, records)
 		if err != nil {
 			return counted, err
 		}
+		counted.Until = sooner(counted.Until, until)
 		for i, rec := range records {
 			counted.Images++
 			if f.changed(rec, before[rec.Digest], outcomes[i]) {
@@ -126,16 +129,26 @@ func (f *Fetcher) Rejudge(ctx context.Context) (Rejudged, error) {
 	return counted, nil
 }
 
-// judgeAll returns why each of the images isn't acceptable, nil where it is.
-func (f *Fetcher) judgeAll(ctx context.Context, records []cache.Record) ([]error, error) {
-	outcomes := make([]error, len(records))
+// sooner returns the earlier of two times, of which zero is never.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// judgeAll returns why each of the images isn't acceptable, nil where it is, and when that may change by itself.
+func (f *Fetcher) judgeAll(ctx context.Context, records []cache.Record) (outcomes []error, until time.Time, err error) {
+	outcomes = make([]error, len(records))
 	workers := runtime.GOMAXPROCS(0)
+	ends := make([]time.Time, workers)
 	var group errgroup.Group
 	for w := range workers {
 		// Each worker ends with its share of the page; waited for below.
 		group.Go(func() error {
 			for i := w; i < len(records) && ctx.Err() == nil; i += workers {
-				_, err := f.rejudge(f.cfg.Keyring(), records[i])
+				end, err := f.rejudge(f.cfg.Keyring(), f.settings.Load(), records[i])
+				ends[w] = sooner(ends[w], end)
 				if errors.Is(err, acproxy.ErrNotFound) {
 					// It was deleted in the meantime.
 					err = nil
@@ -148,7 +161,11 @@ func (f *Fetcher) judgeAll(ctx context.Context, records []cache.Record) ([]error
 			return context.Cause(ctx)
 		})
 	}
-	return outcomes, group.Wait()
+	err = group.Wait()
+	for _, end := range ends {
+		until = sooner(until, end)
+	}
+	return outcomes, until, err
 }
 
 // changed tells, and reports, whether an image is judged otherwise than before.

@@ -44,7 +44,7 @@ func (f *Fetcher) discovered(ctx context.Context, name string) (Discovery, error
 	offline := policy.Offline
 	known, ok := f.cfg.Store.Known(name)
 	switch {
-	case ok && (offline || f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, name, known.When)):
+	case ok && (offline || f.fresh(known)):
 		return Discovery{Status: Hit, Templates: learned(known)}, nil
 	case ok:
 		f.refreshDiscovery(name)
@@ -57,6 +57,11 @@ func (f *Fetcher) discovered(ctx context.Context, name string) (Discovery, error
 		return Discovery{}, err
 	}
 	return Discovery{Status: Miss, Templates: found.Templates, Trace: found.Trace}, nil
+}
+
+// fresh reports whether what is known of a name is used without its publisher being asked again. What was learned by other rules is not.
+func (f *Fetcher) fresh(known cache.Discovered) bool {
+	return f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, known.Name, known.When) && known.When.After(f.cfg.Discovery.Since())
 }
 
 // learned returns the templates that are known of a name.
@@ -130,7 +135,7 @@ const maxRefreshes = 64
 func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Trace) (templates []discovery.Template, kept func(), err error) {
 	kept = func() {}
 	known, ok := f.cfg.Store.Known(name)
-	if ok && f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, name, known.When) {
+	if ok && f.fresh(known) {
 		return learned(known), kept, nil
 	}
 	found, err := f.cfg.Discovery.Templates(ctx, name)

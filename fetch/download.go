@@ -26,13 +26,13 @@ import (
 // A body that ends before its time is taken up again, see reception. What has arrived when that fails, or when the Fetcher is closed, is kept for the
 // next one that asks for the same bytes.
 type download struct {
-	f       *Fetcher
-	key     string
-	name    string
-	client  string // who asked first
-	keyring string // the ID of the keys when it was claimed
-	policy  Policy
-	source  string // the image's URL
+	f      *Fetcher
+	key    string
+	name   string
+	client string // who asked first
+	basis  basis  // what decisions rested on when it was claimed
+	policy Policy
+	source string // the image's URL
 	// endpoints are the URLs that the image may be had from, source first. Only the goroutine that receives changes them.
 	endpoints    []string
 	signatureURL string
@@ -92,7 +92,7 @@ func (f *Fetcher) claim(fl *flight, policy Policy, source, signatureURL string, 
 		return d, false, nil
 	}
 	d = &download{
-		f: f, key: key, name: name, client: fl.client, keyring: fl.keyring, policy: policy, source: source, endpoints: fl.endpointsFrom(source),
+		f: f, key: key, name: name, client: fl.client, basis: fl.basis, policy: policy, source: source, endpoints: fl.endpointsFrom(source),
 		signatureURL: signatureURL, signature: signature, later: later, size: -1,
 		begun: make(chan struct{}), decided: make(chan struct{}), finished: make(chan struct{}), changed: make(chan struct{}),
 		refs: map[acproxy.Ref]struct{}{ref: {}},
@@ -173,7 +173,7 @@ func (d *download) begin(partial *cache.Partial, body io.ReadCloser, size int64,
 // answered with other bytes before it never goes back.
 func (d *download) settleModified() {
 	if d.modified.IsZero() && d.signature != nil {
-		if a, err := d.f.judge(d.f.cfg.Keyring(), d.name, d.signature, nil, d.policy); err == nil && len(a.Signers) > 0 {
+		if a, err := d.f.judge(d.f.cfg.Keyring(), d.name, d.signature, nil); err == nil && len(a.Signers) > 0 {
 			d.modified = a.Signers[0].Signed
 		}
 	}
@@ -288,7 +288,7 @@ func (d *download) fail(err error) {
 		if errors.Is(err, acproxy.ErrRefused) || errors.Is(err, acproxy.ErrPublisher) {
 			d.f.recordRefusal(ref, d.client, d.source, err)
 			if contentRefused(err) && d.carried == nil {
-				d.f.rememberFailure(d.keyring, ref, err)
+				d.f.rememberFailure(d.basis, ref, err)
 			}
 		}
 	}
@@ -387,7 +387,7 @@ func (d *download) verified(digest acproxy.Digest, hasher *trust.Hasher, inspect
 			return wrong(err)
 		}
 	}
-	acceptance, err := d.f.judge(d.f.cfg.Keyring(), d.name, d.signature, hashed, d.policy)
+	acceptance, err := d.f.judge(d.f.cfg.Keyring(), d.name, d.signature, hashed)
 	if err != nil {
 		return wrong(err)
 	}
@@ -478,7 +478,7 @@ func (d *download) record(digest acproxy.Digest, manifest aci.Manifest, acceptan
 	now := d.f.now()
 	rec := cache.Record{
 		Digest: digest, Name: manifest.Name, Labels: manifest.Labels, Size: d.written, Source: d.source, Modified: d.modified, ETag: d.etag,
-		Fetched: now, Verified: now, Used: now, Policy: policyText(d.policy.Trust), Hashed: hashed, RktWarning: acceptance.RktWarning,
+		Fetched: now, Verified: now, Used: now, Policy: policyText(d.f.policy(d.name).Trust), Hashed: hashed, RktWarning: acceptance.RktWarning,
 	}
 	if d.signature != nil {
 		rec.Signed, rec.SignatureDigest = true, sha256.Sum256(d.signature)

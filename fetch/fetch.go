@@ -10,6 +10,7 @@ import (
 	"hash/fnv"
 	"io"
 	"log/slog"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,7 +42,8 @@ type Config struct {
 	Web       *web.Client
 	Keyring   func() *trust.Keyring // the keys as they are now
 
-	Policies []Policy // until SetPolicies; the one with the longest prefix counts; an empty prefix is the default
+	// These three, and Jitter, are what counts until Change.
+	Policies []Policy // the one with the longest prefix counts; an empty prefix is the default
 	Allow    []string // image-name prefixes that may be asked for; none means all
 	Offline  bool     // dial nobody, whatever the policies say
 
@@ -90,7 +92,7 @@ type Fetcher struct {
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
 
-	negative *gocache.Cache // keyring and ref → remembered error
+	negative *gocache.Cache // basis and ref → remembered error
 	sticky   *gocache.Cache // client and ref → remembered digest of the signature that the client was given
 	// signatures remembers signatures by their SHA-256.
 	signatures *memo.Memo[acproxy.Digest, []byte]
@@ -102,7 +104,7 @@ type Fetcher struct {
 	// publishing has publications of the same name wait for one another.
 	publishing turns
 
-	policies atomic.Pointer[[]Policy]
+	settings atomic.Pointer[settings]
 
 	mu        sync.Mutex
 	closed    bool
@@ -146,7 +148,7 @@ func New(cfg Config) *Fetcher {
 	if f.now == nil {
 		f.now = time.Now
 	}
-	f.SetPolicies(cfg.Policies)
+	f.settings.Store(&settings{Settings: Settings{Policies: cfg.Policies, Allow: cfg.Allow, Offline: cfg.Offline, Jitter: cfg.Jitter}})
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	return f
 }
@@ -460,7 +462,7 @@ func (f *Fetcher) find(ctx context.Context, req Request) (answer, error) {
 
 // ask answers by asking the publisher, unless it was asked a moment ago and the answer was no.
 func (f *Fetcher) ask(ctx context.Context, req Request) (answer, error) {
-	if err, ok := recall[error](f.negative, negativeKey(f.cfg.Keyring().ID(), req.Ref), f.now()); ok {
+	if err, ok := recall[error](f.negative, negativeKey(f.basis(), req.Ref), f.now()); ok {
 		return answer{}, err
 	}
 	fl, joined := f.join(ctx, req, acproxy.Digest{})
@@ -579,7 +581,8 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 // jittered returns a time to live that is shorter by a random part of it, the same one for the same thing learned at the same time: a restart doesn't
 // change it.
 func (f *Fetcher) jittered(ttl time.Duration, what string, learned time.Time) time.Duration {
-	if f.cfg.Jitter <= 0 || ttl <= 0 {
+	jitter := f.settings.Load().Jitter
+	if jitter <= 0 || ttl <= 0 {
 		return ttl
 	}
 	h := fnv.New64a()
@@ -587,7 +590,7 @@ func (f *Fetcher) jittered(ttl time.Duration, what string, learned time.Time) ti
 	_, _ = io.WriteString(h, what)
 	_ = binary.Write(h, binary.LittleEndian, learned.UnixNano())
 	random := float64(h.Sum64()>>11) / (1 << 53)
-	return ttl - time.Duration(float64(ttl)*f.cfg.Jitter*random)
+	return ttl - time.Duration(float64(ttl)*jitter*random)
 }
 
 // fallback answers a ref that can't be asked for at its publisher with the one held image that fits it, if there is exactly one.
@@ -653,15 +656,17 @@ func recall[T any](c *gocache.Cache, key string, now time.Time) (T, bool) {
 	return r.value, ok && now.Before(r.until)
 }
 
-// rememberFailure keeps an error for those who ask next while the keyring is the one, given by its ID, by which it was decided.
-func (f *Fetcher) rememberFailure(keyring string, ref acproxy.Ref, err error) {
+// rememberFailure keeps an error for those who ask next while what it was decided on is the same.
+func (f *Fetcher) rememberFailure(on basis, ref acproxy.Ref, err error) {
 	if f.cfg.NegativeTTL > 0 {
-		remember(f.negative, maxNegative, negativeKey(keyring, ref), err, f.now().Add(f.cfg.NegativeTTL))
+		remember(f.negative, maxNegative, negativeKey(on, ref), err, f.now().Add(f.cfg.NegativeTTL))
 	}
 }
 
-// negativeKey contains the keyring, so that a refusal isn't remembered past the adding of a key.
-func negativeKey(keyring string, ref acproxy.Ref) string { return keyring + " " + ref.String() }
+// negativeKey contains the basis, so that a refusal isn't remembered past the adding of a key, or a change of the policies.
+func negativeKey(on basis, ref acproxy.Ref) string {
+	return on.keyring + "." + strconv.FormatUint(on.settings, 10) + " " + ref.String()
+}
 
 // pausing reports whether a refresh of a ref failed a moment ago, so that it isn't tried again with every request.
 func (f *Fetcher) pausing(ref acproxy.Ref) bool {

@@ -32,8 +32,8 @@ type flight struct {
 	asking atomic.Bool     // its turn has come
 	ctx    context.Context // with the trace of who asked first
 	span   *tracing.Span
-	// keyring is the ID of the keys at the beginning. What was decided by them must not be remembered for others.
-	keyring string
+	// basis is what decisions rested on at the beginning.
+	basis basis
 	// endpoints are the URLs that the publisher's templates give for the image, in its order.
 	endpoints []string
 	// kept returns when what discovery found for this flight is kept; nil if it asked nobody.
@@ -116,14 +116,14 @@ func (fl *flight) pending() <-chan struct{} {
 
 // join returns the flight for a ref, started now if there was none.
 func (f *Fetcher) join(ctx context.Context, req Request, have acproxy.Digest) (fl *flight, joined bool) {
-	ref, keyring := req.Ref, f.cfg.Keyring().ID()
+	ref, on := req.Ref, f.basis()
 	f.mu.Lock()
 	if fl, ok := f.flights[ref]; ok && !fl.over() {
 		f.mu.Unlock()
 		tracing.Meet(ctx, fl.ctx)
 		return fl, true
 	}
-	fl = &flight{ref: ref, have: have, client: req.Client, began: f.now(), keyring: keyring, landed: make(chan struct{})}
+	fl = &flight{ref: ref, have: have, client: req.Client, began: f.now(), basis: on, landed: make(chan struct{})}
 	fl.ctx, fl.span = tracing.Start(tracing.Carry(f.ctx, ctx), "flight", "acproxy.name", ref.Name(), "server.address", ref.Host())
 	f.flights[ref] = fl
 	f.mu.Unlock()
@@ -229,11 +229,11 @@ func (f *Fetcher) landedBadly(ctx context.Context, fl *flight, err error) {
 		}
 		withTrace(ctx, f.log).Warn("refresh failed, what is held is still served", "ref", fl.ref, "err", err)
 	case errors.Is(err, acproxy.ErrNotFound) && cacheableAbsence(err):
-		f.rememberFailure(fl.keyring, fl.ref, err)
+		f.rememberFailure(fl.basis, fl.ref, err)
 	}
 	if errors.Is(err, acproxy.ErrRefused) || contentRefused(err) {
 		f.recordRefusal(fl.ref, fl.client, "", err)
-		f.rememberFailure(fl.keyring, fl.ref, err)
+		f.rememberFailure(fl.basis, fl.ref, err)
 	}
 }
 
@@ -325,7 +325,7 @@ func (f *Fetcher) locateURL(ctx context.Context, fl *flight, imageURL, signature
 	signature, later, err := f.getSignature(getting, name, signatureURL, policy, trace)
 	span.End(err)
 	if acproxy.Code(err) == codeNoSignature {
-		return nil, f.unsigned(ctx, name, imageURL, policy, trace, err)
+		return nil, f.unsigned(ctx, name, imageURL, trace, err)
 	}
 	if err != nil {
 		return nil, err
@@ -384,13 +384,13 @@ var errHeld = errors.New("held already")
 const codeNoSignature = "no-signature-found"
 
 // unsigned tells an image that its publisher hasn't signed from one that it hasn't got, without asking for a byte of it.
-func (f *Fetcher) unsigned(ctx context.Context, name, imageURL string, policy Policy, trace *acproxy.Trace, absent error) error {
+func (f *Fetcher) unsigned(ctx context.Context, name, imageURL string, trace *acproxy.Trace, absent error) error {
 	status, _, attempts, err := f.cfg.Web.Head(ctx, name, "image", imageURL)
 	*trace = append(*trace, attempts...)
 	if err != nil || status != http.StatusOK {
 		return absent
 	}
-	_, err = f.judge(f.cfg.Keyring(), name, nil, nil, policy)
+	_, err = f.judge(f.cfg.Keyring(), name, nil, nil)
 	return err
 }
 

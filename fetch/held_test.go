@@ -225,7 +225,7 @@ func TestByImageID(t *testing.T) {
 	s.distrust(goodKey())
 	_, err = get(digits)
 	wantError(t, err, acproxy.ErrRefused, "unknown-key")
-	s.f.cfg.Allow = []string{"example.org"}
+	s.f.Change(Settings{Policies: []Policy{signedOnly}, Allow: []string{"example.org"}})
 	_, err = get(digits)
 	wantError(t, err, acproxy.ErrRefused, "name-not-allowed")
 }
@@ -422,7 +422,7 @@ func TestRejudgeIsNotStoppedByADeletion(t *testing.T) {
 	if err := s.store.Delete(t.Context(), records[0].Digest); err != nil {
 		t.Fatal(err)
 	}
-	if outcomes, err := s.f.judgeAll(t.Context(), records); err != nil || outcomes[0] != nil || outcomes[1] != nil {
+	if outcomes, _, err := s.f.judgeAll(t.Context(), records); err != nil || outcomes[0] != nil || outcomes[1] != nil {
 		t.Errorf("judgeAll = %v, %v", outcomes, err)
 	}
 }

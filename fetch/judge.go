@@ -14,9 +14,10 @@ import (
 	"github.com/acproxy/acproxy/trust"
 )
 
-// judge asks a keyring whether a signature makes an image acceptable at this time. Without hashes it answers for the case that the bytes match.
-func (f *Fetcher) judge(keyring *trust.Keyring, name string, signature []byte, hashed trust.Hashed, policy Policy) (trust.Acceptance, error) {
-	return keyring.Judge(trust.Question{Name: name, Signature: signature, Hashed: hashed, Policy: policy.Trust, Now: f.now()})
+// judge asks a keyring whether a signature makes an image acceptable at this time, by the policy of this time. Without hashes it answers for the case that the
+// bytes match.
+func (f *Fetcher) judge(keyring *trust.Keyring, name string, signature []byte, hashed trust.Hashed) (trust.Acceptance, error) {
+	return keyring.Judge(trust.Question{Name: name, Signature: signature, Hashed: hashed, Policy: f.policy(name).Trust, Now: f.now()})
 }
 
 // judged is a verdict on a held image, and what it holds for.
@@ -27,31 +28,31 @@ type judged struct {
 }
 
 const (
-	// judgedFor is how long a verdict on a held image is used again while the keys stay the same.
+	// judgedFor is how long a verdict on a held image is used again while the keys and the policies stay the same.
 	judgedFor = time.Minute
 	// maxVerdicts bounds the verdicts remembered. They are cheap to make again.
 	maxVerdicts = 100_000
 )
 
-// verdicts remembers what was decided about held images under one keyring.
+// verdicts remembers what was decided about held images on one basis.
 type verdicts struct {
-	mu      sync.Mutex
-	keyring string // the ID
-	of      map[acproxy.Digest]judged
+	mu sync.Mutex
+	on basis
+	of map[acproxy.Digest]judged
 }
 
-func (v *verdicts) get(keyring string, rec cache.Record, now time.Time) (judged, bool) {
+func (v *verdicts) get(on basis, rec cache.Record, now time.Time) (judged, bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	j, ok := v.of[rec.Digest]
-	return j, ok && v.keyring == keyring && j.signature == rec.SignatureDigest && now.Before(j.until)
+	return j, ok && v.on == on && j.signature == rec.SignatureDigest && now.Before(j.until)
 }
 
-func (v *verdicts) put(keyring string, digest acproxy.Digest, j judged) {
+func (v *verdicts) put(on basis, digest acproxy.Digest, j judged) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.keyring != keyring || v.of == nil || len(v.of) >= maxVerdicts {
-		v.keyring, v.of = keyring, make(map[acproxy.Digest]judged)
+	if v.on != on || v.of == nil || len(v.of) >= maxVerdicts {
+		v.on, v.of = on, make(map[acproxy.Digest]judged)
 	}
 	v.of[digest] = j
 }
@@ -65,12 +66,13 @@ func (f *Fetcher) acceptable(rec cache.Record) error {
 	if barred, ok := f.barred.Load(rec.Digest); ok {
 		return quarantined(barred.(cache.Record))
 	}
-	// One keyring for all of it: a verdict must not be remembered under another one's ID.
-	keyring, now := f.cfg.Keyring(), f.now()
-	if v, ok := f.verdicts.get(keyring.ID(), rec, now); ok {
+	// One keyring and one policy for all of it: a verdict must not be remembered as if it rested on others.
+	keyring, settings, now := f.cfg.Keyring(), f.settings.Load(), f.now()
+	on := basis{keyring.ID(), settings.number}
+	if v, ok := f.verdicts.get(on, rec, now); ok {
 		return v.err
 	}
-	until, err := f.rejudge(keyring, rec)
+	until, err := f.rejudge(keyring, settings, rec)
 	if err != nil && !errors.Is(err, acproxy.ErrRefused) {
 		// That it could not be decided is no verdict.
 		return err
@@ -78,7 +80,7 @@ func (f *Fetcher) acceptable(rec cache.Record) error {
 	if latest := now.Add(judgedFor); until.IsZero() || until.After(latest) {
 		until = latest
 	}
-	f.verdicts.put(keyring.ID(), rec.Digest, judged{signature: rec.SignatureDigest, until: until, err: err})
+	f.verdicts.put(on, rec.Digest, judged{signature: rec.SignatureDigest, until: until, err: err})
 	return err
 }
 
@@ -117,7 +119,7 @@ func (f *Fetcher) Judged(rec cache.Record) cache.Record {
 }
 
 // rejudge decides about a held image again and returns until when the decision holds, as far as it depends on time.
-func (f *Fetcher) rejudge(keyring *trust.Keyring, rec cache.Record) (until time.Time, err error) {
+func (f *Fetcher) rejudge(keyring *trust.Keyring, settings *settings, rec cache.Record) (until time.Time, err error) {
 	var signature []byte
 	if rec.Signed {
 		if signature, err = f.cfg.Store.Signature(rec.Digest); err != nil {
@@ -138,7 +140,7 @@ func (f *Fetcher) rejudge(keyring *trust.Keyring, rec cache.Record) (until time.
 		}
 	}
 	acceptance, err := keyring.Judge(trust.Question{
-		Name: rec.Name, Signature: signature, Hashed: hashed, Policy: f.policy(rec.Name).Trust, Now: f.now(), NoRktWarning: true,
+		Name: rec.Name, Signature: signature, Hashed: hashed, Policy: settings.policy(rec.Name).Trust, Now: f.now(), NoRktWarning: true,
 	})
 	return acceptance.Until, err
 }

@@ -45,28 +45,62 @@ type Policy struct {
 	Local bool
 }
 
+// Settings are what an operator may change while a Fetcher works: the fields of the same names of a [Config].
+type Settings struct {
+	Policies []Policy
+	Allow    []string
+	Offline  bool
+	Jitter   float64
+}
+
+// settings are the Settings that count until others take their place. They don't change.
+type settings struct {
+	Settings
+	number uint64 // how often others were there before
+}
+
+// A basis is what decisions rest on at a moment. What was decided on one is not remembered for another.
+type basis struct {
+	keyring  string // the ID of the keys
+	settings uint64 // the number
+}
+
+// Change puts other settings in the place of those that count. Requests and flights that begin after it go by these. Those in progress go on by what they
+// began with, but for trust: the verdict on what has arrived is by the policy of its moment, as it is by the keys of its moment. What was decided about
+// images before, held or refused, is decided again.
+func (f *Fetcher) Change(s Settings) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.settings.Store(&settings{Settings: s, number: f.settings.Load().number + 1})
+	// Those that could not be refreshed may be refreshed now.
+	clear(f.retry)
+}
+
+// basis returns what decisions rest on now.
+func (f *Fetcher) basis() basis { return basis{f.cfg.Keyring().ID(), f.settings.Load().number} }
+
+// policy returns the policy that counts for a name now.
+func (f *Fetcher) policy(name string) Policy { return f.settings.Load().policy(name) }
+
 // policy returns the policy with the longest prefix that covers the name.
-func (f *Fetcher) policy(name string) Policy {
+func (s *settings) policy(name string) Policy {
 	best := Policy{}
-	for _, p := range *f.policies.Load() {
+	for _, p := range s.Policies {
 		if acproxy.HasPrefix(name, p.Prefix) && len(p.Prefix) >= len(best.Prefix) {
 			best = p
 		}
 	}
-	best.Offline = best.Offline || best.Local || f.cfg.Offline
+	best.Offline = best.Offline || best.Local || s.Offline
 	return best
 }
 
-// SetPolicies puts others in the place of [Config.Policies], from the next request and the next flight on. What they say of trust must be what the policies
-// before said of it: verdicts by which held images are served are remembered.
-func (f *Fetcher) SetPolicies(policies []Policy) { f.policies.Store(&policies) }
-
 // allowed refuses names that no configured prefix covers.
 func (f *Fetcher) allowed(name string) error {
-	if len(f.cfg.Allow) == 0 {
+	prefixes := f.settings.Load().Allow
+	if len(prefixes) == 0 {
 		return nil
 	}
-	for _, prefix := range f.cfg.Allow {
+	for _, prefix := range prefixes {
 		if acproxy.HasPrefix(name, prefix) {
 			return nil
 		}

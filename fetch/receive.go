@@ -256,7 +256,8 @@ func (r *reception) again(cause error) (io.ReadCloser, error) {
 		if err == nil {
 			return body, nil
 		}
-		if !interrupted(err) || d.ctx.Err() != nil {
+		if !interrupted(err) || d.ctx.Err() != nil || errors.Is(err, acproxy.ErrOffline) {
+			// Offline it is since the download has begun. What has arrived is kept, as after any interruption.
 			return nil, err
 		}
 		cause = err

@@ -119,7 +119,7 @@ func (f *Fetcher) passageFrom(ctx context.Context, ref acproxy.Ref, expand func(
 	if later || signature == nil {
 		return nil, noRoom(ref)
 	}
-	if _, err := f.judge(f.cfg.Keyring(), name, signature, nil, policy); err != nil {
+	if _, err := f.judge(f.cfg.Keyring(), name, signature, nil); err != nil {
 		return nil, err
 	}
 	p := &passage{f: f, ref: ref, policy: policy, source: imageURL, signature: signature, inspected: make(chan struct{})}
@@ -230,7 +230,7 @@ func (p *passage) verdict() error {
 	if err != nil {
 		return err
 	}
-	acceptance, err := p.f.judge(p.f.cfg.Keyring(), p.ref.Name(), p.signature, hashed, p.policy)
+	acceptance, err := p.f.judge(p.f.cfg.Keyring(), p.ref.Name(), p.signature, hashed)
 	if err != nil {
 		return err
 	}

@@ -37,7 +37,7 @@ func (n *running) openACME(cfg *config.Config, log *slog.Logger) error {
 	}
 	o := acme.Options{
 		Directory: a.Directory, Hosts: a.Hosts, Challenges: cfg.Met(), Email: a.Email, Terms: a.AcceptTerms, Dir: a.Dir,
-		Transport: p.web.Named(directory, roots), UserAgent: "acproxy/" + buildVersion(), Log: log,
+		Transport: p.web.Named(directory, roots), UserAgent: "acproxy/" + buildVersion(), Offline: p.web.Offline, Log: log,
 		Happened: func(e acme.Event) {
 			p.metrics.Ordered(e.Err == nil)
 			if e.Err != nil {
@@ -59,14 +59,8 @@ func (n *running) openACME(cfg *config.Config, log *slog.Logger) error {
 }
 
 // renew has certificates issued and renewed from now on, when validators find the listeners open.
-func (n *running) renew(ctx context.Context, cfg *config.Config, log *slog.Logger) {
+func (n *running) renew(ctx context.Context) {
 	if n.acme == nil {
-		return
-	}
-	if cfg.Offline {
-		for _, s := range n.acme.States() {
-			log.Warn("offline: the ACME server isn't asked, and this certificate isn't renewed", "host", s.Host, "until", orNothing(!s.NotAfter.IsZero(), s.NotAfter.UTC().Format(time.RFC3339)))
-		}
 		return
 	}
 	// Ends when stop cancels ctx; stop waits for it.

@@ -407,6 +407,11 @@ func expiredKey(ctx context.Context, a *act) error {
 	if err := a.serve(ctx, nil); err != nil {
 		return err
 	}
+	// Nothing is held yet. Once something is, the key may expire at any time.
+	began, err := a.metrics(ctx)
+	if err != nil {
+		return err
+	}
 	ends, err := a.trustShortly(ctx)
 	if err != nil {
 		return err
@@ -435,20 +440,13 @@ func expiredKey(ctx context.Context, a *act) error {
 		return err
 	}
 	a.alert(changes, alarmRefused)
-	return errors.Join(a.judgedAgain(ctx), a.withPolicy(ctx))
+	return errors.Join(a.judgedAgain(ctx, began), a.withPolicy(ctx))
 }
 
-// judgedAgain shows what is known once everything that is held was judged again, as it is every hour, whenever keys change, and at each start.
-func (a *act) judgedAgain(ctx context.Context) error {
-	before, err := a.metrics(ctx)
-	if err != nil {
-		return err
-	}
-	if err := a.restart(ctx, nil); err != nil {
-		return err
-	}
-	a.before = before
-	a.did("All that is held is judged again every hour, when keys change, and at a start, which is quickest: the server is started again.")
+// judgedAgain shows that everything that is held is judged again when a key expires, as it is whenever keys or policies change, every hour, and at each start.
+func (a *act) judgedAgain(ctx context.Context, began map[string]string) error {
+	a.before = began
+	a.did("All that is held is judged again when a key expires, so that listings and metrics know without being asked.")
 	if err := a.settle(ctx, alarmDistrusted.metric, "1"); err != nil {
 		return err
 	}
@@ -501,10 +499,13 @@ func (a *act) shortLived(ends time.Time) error {
 
 // withPolicy shows what an operator can do who has made sure that the image is good, until the publisher's new key is there.
 func (a *act) withPolicy(ctx context.Context) error {
-	if err := a.restart(ctx, func(cfg *config.Config) { cfg.Trust.Expired = config.ExpiredAcceptIfSignedBefore }); err != nil {
+	if err := a.configure(func(cfg *config.Config) { cfg.Trust.Expired = config.ExpiredAcceptIfSignedBefore }); err != nil {
 		return err
 	}
-	a.did("The server is started again with trust.expired: accept-if-signed-before.")
+	a.did("The configuration gets trust.expired: accept-if-signed-before. It takes effect without a restart.")
+	if err := a.command(ctx, exitOK, "trust.expired: ", "reload"); err != nil {
+		return err
+	}
 	a.get(ctx, "signed", "signed, which was signed before", expect{status: http.StatusOK, cache: "acproxy; hit", sum: a.sum("signed")})
 	return nil
 }

@@ -37,8 +37,17 @@ import (
 	"github.com/acproxy/acproxy/trust"
 )
 
-// newWeb returns the connections to publishers, who are shown what they want to see. via marks requests as this server's.
+// newWeb returns the connections to publishers, as webConfig has them.
 func newWeb(cfg *config.Config, via string, shown *credentials.Set) (*web.Client, error) {
+	out, err := webConfig(cfg, via, shown)
+	if err != nil {
+		return nil, err
+	}
+	return web.New(out), nil
+}
+
+// webConfig returns how publishers are reached, who are shown what they want to see. via marks requests as this server's.
+func webConfig(cfg *config.Config, via string, shown *credentials.Set) (web.Config, error) {
 	d := cfg.Dial
 	out := web.Config{
 		Hosts: d.Hosts, Allow: d.Allow, UserAgent: d.UserAgent, Via: via, Offline: cfg.Offline, Traces: cfg.Traces.Publishers,
@@ -57,24 +66,26 @@ func newWeb(cfg *config.Config, via string, shown *credentials.Set) (*web.Client
 	}
 	for _, p := range cfg.Publishers {
 		full := cfg.Inherit(p)
-		rule := web.Rule{Prefix: p.Prefix, HTTP: p.HTTP, Timeout: time.Duration(*full.Timeout), Allow: full.AllowAddresses, Nobody: full.Publisher == config.PublisherLocal}
+		rule := web.Rule{
+			Prefix: p.Prefix, HTTP: p.HTTP, Timeout: time.Duration(*full.Timeout), Allow: full.AllowAddresses, Nobody: full.Publisher == config.PublisherLocal, Offline: *full.Offline,
+		}
 		if p.CAFile != "" {
 			pool, err := rootsWith(p.CAFile)
 			if err != nil {
-				return nil, fmt.Errorf("ca_file of publisher %s: %w", p.Prefix, err)
+				return out, fmt.Errorf("ca_file of publisher %s: %w", p.Prefix, err)
 			}
 			rule.RootCAs = pool
 		}
 		if p.Proxy != "" {
 			u, err := url.Parse(p.Proxy)
 			if err != nil {
-				return nil, fmt.Errorf("proxy of publisher %s: %w", p.Prefix, err)
+				return out, fmt.Errorf("proxy of publisher %s: %w", p.Prefix, err)
 			}
 			rule.Proxy = u
 		}
 		out.Rules = append(out.Rules, rule)
 	}
-	return web.New(out), nil
+	return out, nil
 }
 
 // newCredentials returns what publishers want to see.
@@ -142,16 +153,18 @@ func rootsOf(pool *x509.CertPool, file string) (*x509.CertPool, error) {
 
 func newFinder(cfg *config.Config, client *web.Client) *discovery.Finder {
 	d := cfg.Discovery
-	out := discovery.Config{
-		Web: client, PositiveTTL: orNone[time.Duration](d.PositiveTTL), NegativeTTL: orNone[time.Duration](d.NegativeTTL),
+	return discovery.New(discovery.Config{
+		Web: client, Rules: discoveryRules(cfg), PositiveTTL: orNone[time.Duration](d.PositiveTTL), NegativeTTL: orNone[time.Duration](d.NegativeTTL),
 		MaxPages: d.MaxPages, MaxPageSize: int64(d.MaxPageSize),
-	}
+	})
+}
+
+// discoveryRules returns how images are discovered.
+func discoveryRules(cfg *config.Config) (rules []discovery.Rule) {
 	for _, p := range cfg.Publishers {
-		out.Rules = append(out.Rules, discovery.Rule{
-			Prefix: p.Prefix, Templates: p.Templates, Host: p.DiscoveryHost, Simple: p.SimpleDiscovery, HTTP: p.HTTP,
-		})
+		rules = append(rules, discovery.Rule{Prefix: p.Prefix, Templates: p.Templates, Host: p.DiscoveryHost, Simple: p.SimpleDiscovery, HTTP: p.HTTP})
 	}
-	return discovery.New(out)
+	return rules
 }
 
 // orNone turns a configured 0, which means none, into what the parts take for none; their 0 means the default.
@@ -160,6 +173,11 @@ func orNone[T int | int64 | time.Duration, C int | config.Duration](configured C
 		return -1
 	}
 	return T(configured)
+}
+
+// fetchSettings returns what of a fetcher may change while it works.
+func fetchSettings(cfg *config.Config) fetch.Settings {
+	return fetch.Settings{Policies: policies(cfg), Allow: cfg.Allow, Offline: cfg.Offline, Jitter: float64(cfg.Freshness.Jitter) / 100}
 }
 
 // policies returns what the operator decided, for everybody first.
@@ -253,14 +271,13 @@ type parts struct {
 	ca      *localca.CA // nil if there is none
 	guard   *access.Guard
 
-	credentials *credentials.Set
-	audit       *audit.File
-	journal     *journal.Journal
-	history     *history.History
-	metrics     *metrics.Metrics
-	warm        *warm.Jobs // nil until it is opened
-	missing     *missing.Table
-	lost        chan struct{} // says that an image was found to be lost since somebody last looked
+	audit   *audit.File
+	journal *journal.Journal
+	history *history.History
+	metrics *metrics.Metrics
+	warm    *warm.Jobs // nil until it is opened
+	missing *missing.Table
+	lost    chan struct{} // says that an image was found to be lost since somebody last looked
 }
 
 // judged is the store with the state that the keys give its images now.
@@ -271,7 +288,7 @@ func (p *parts) judged() admin.Judged {
 // ready returns why not all of the work can be done, nil if it can. A side that is offline has nothing to write.
 func (p *parts) ready() error {
 	err := p.store.Working()
-	if p.cfg.Offline && errors.Is(err, acproxy.ErrNoSpace) {
+	if p.web.Offline() && errors.Is(err, acproxy.ErrNoSpace) {
 		return nil
 	}
 	return err
@@ -297,6 +314,11 @@ func (p *parts) evicted(e cache.Eviction) {
 // lostImage is told of every image whose bytes turn out to be lost.
 func (p *parts) lostImage(rec cache.Record) {
 	p.decided(fetch.Damaged(rec, time.Now()))
+	p.askForLost()
+}
+
+// askForLost has images that are lost be asked for again, now.
+func (p *parts) askForLost() {
 	select {
 	case p.lost <- struct{}{}:
 	default: // one that nobody has looked at yet stands for this one, too
@@ -357,10 +379,11 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 	if !idle {
 		p.remember()
 	}
-	if p.credentials, err = newCredentials(cfg, log); err != nil {
+	shown, err := newCredentials(cfg, log)
+	if err != nil {
 		return p, err
 	}
-	if p.web, err = newWeb(cfg, p.via, p.credentials); err != nil {
+	if p.web, err = newWeb(cfg, p.via, shown); err != nil {
 		return p, err
 	}
 	p.metrics.Publishers(p.web.Hosts, p.web.Traffic)
@@ -374,12 +397,12 @@ func newParts(cfg *config.Config, log *slog.Logger, idle bool) (p *parts, err er
 	}
 	p.metrics.Watch(p.store)
 	p.finder = newFinder(cfg, p.web)
+	counts := fetchSettings(cfg)
 	p.fetcher = fetch.New(fetch.Config{
 		Store: p.store, Discovery: p.finder, Web: p.web, Keyring: p.keys.Current,
-		Policies: policies(cfg), Allow: cfg.Allow, Offline: cfg.Offline,
+		Policies: counts.Policies, Allow: counts.Allow, Offline: counts.Offline, Jitter: counts.Jitter,
 		HoldBack: int64(cfg.Fetch.HoldBack), MaxImageSize: int64(cfg.Fetch.MaxImageSize), MaxSignatureSize: int64(cfg.Fetch.MaxSignatureSize),
 		SignatureWait: orNone[time.Duration](cfg.Fetch.SignatureWait), NegativeTTL: orNone[time.Duration](cfg.Discovery.NegativeTTL), DiscoveryTTL: orNone[time.Duration](cfg.Discovery.PositiveTTL),
-		Jitter:  float64(cfg.Freshness.Jitter) / 100,
 		Retries: orNone[int64](cfg.Fetch.Retries), RetryFor: time.Duration(cfg.Fetch.RetryFor), RetryWait: time.Duration(cfg.Fetch.RetryWait),
 		MaxFlights: int64(cfg.Fetch.MaxFlights), MaxQueue: orNone[int64](cfg.Fetch.MaxQueue), QueueWait: time.Duration(cfg.Fetch.QueueWait),
 		Limits: limits(cfg), Decided: p.decided, Landed: p.metrics.Landed, Missed: p.missed, Log: log,

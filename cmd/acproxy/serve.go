@@ -113,7 +113,8 @@ type running struct {
 	failed   chan error // what ends the server although nobody told it to stop
 	stopWork context.CancelFunc
 	work     sync.WaitGroup
-	forget   func() // ends the telling of changes of the keys
+	forget   func()        // ends the telling of changes of the keys
+	trusts   chan struct{} // says that something that decides about trust has changed since the held images were judged
 
 	reloader     *reloader
 	certificates []preparer
@@ -141,7 +142,7 @@ func start(cfg *config.Config, load func() (*config.Config, error), logs *logs) 
 	if err != nil {
 		return nil, err
 	}
-	n := &running{parts: p, failed: make(chan error, len(cfg.Listen)+len(cfg.Admin.Listen)+2)}
+	n := &running{parts: p, trusts: make(chan struct{}, 1), failed: make(chan error, len(cfg.Listen)+len(cfg.Admin.Listen)+2)}
 	n.reloader = &reloader{load: load, n: n, level: logs.level, cfg: cfg}
 	if n.sockets, err = listen.Inherit(); err != nil {
 		return nil, errors.Join(err, n.stop())
@@ -170,13 +171,10 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	n.parts.metrics.Uploads(n.server.Uploads)
 	n.stopWork = cancel
 	warnOfKeys(n.parts.keys.Current(), log)
-	changed := make(chan struct{}, 1)
 	n.forget = n.parts.keys.OnChange(func(keys *trust.Keyring) {
 		n.parts.happened(journal.EventKeysChanged, count(len(keys.All()), "key")+" can be trusted now")
-		select {
-		case changed <- struct{}{}:
-		default: // a change that nobody has looked at yet stands for this one, too
-		}
+		warnOfKeys(keys, log)
+		n.trustChanged()
 	})
 	// They end when stop cancels ctx; stop waits for them.
 	n.work.Go(func() {
@@ -189,7 +187,7 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 			log.Error("resuming inspections", "err", err)
 		}
 	})
-	n.work.Go(func() { n.rejudge(ctx, changed, log) })
+	n.work.Go(func() { n.rejudge(ctx, log) })
 	n.work.Go(func() { n.mend(ctx, log) })
 	n.work.Go(func() { n.watch(ctx, log) })
 	if err := n.parts.openWarm(filepath.Join(cfg.DataDir, "jobs"), warmLists(cfg)); err != nil {
@@ -206,7 +204,7 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 		return err
 	}
 	n.parts.metrics.Certificates(n.shownCertificates)
-	n.renew(ctx, cfg, log)
+	n.renew(ctx)
 	return nil
 }
 
@@ -215,7 +213,7 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 	p := n.parts
 	n.admin = admin.New(admin.Options{
 		Store: p.judged(), Guard: p.guard, Metrics: p.metrics.Handler(), Flights: p.fetcher.Flights, Publishers: p.web.Hosts, Keyring: p.keys.Current,
-		Journal: p.journal, History: p.history, Warm: p.warm, Origin: p.origin(), Destination: p.fetcher, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: cfg.Offline, Log: log,
+		Journal: p.journal, History: p.history, Warm: p.warm, Origin: p.origin(), Destination: p.fetcher, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: p.web.Offline, Log: log,
 		Discover: func(ctx context.Context, ref acproxy.Ref) (admin.Discovered, error) {
 			return admin.Discover(ctx, p.finder, ref)
 		},
@@ -309,19 +307,47 @@ func closeAll(listeners []net.Listener) error {
 	return errors.Join(errs...)
 }
 
-// rejudgeEvery is how often held images are judged again when the keys don't change: keys and signatures expire.
+// rejudgeEvery is how often held images are judged again at least: clocks jump, and what comes to be held between two judgements may expire before the next.
 const rejudgeEvery = time.Hour
 
-// rejudge judges all held images at the start, whenever the keys have changed, and every now and then. What can't be served any more, or can again,
-// is told in the log, the audit and the metrics; serving itself asks the keys with each hit.
-func (n *running) rejudge(ctx context.Context, changed <-chan struct{}, log *slog.Logger) {
-	ticker := time.NewTicker(rejudgeEvery)
-	defer ticker.Stop()
+// trustChanged has all held images judged again, now.
+func (n *running) trustChanged() {
+	select {
+	case n.trusts <- struct{}{}:
+	default: // a change that nobody has looked at yet stands for this one, too
+	}
+}
+
+// rejudgeIn returns in how long held images are judged again by themselves: when the first of their keys or signatures expires, or one of the keys that are
+// trusted, and after rejudgeEvery at the latest.
+func rejudgeIn(now, until time.Time, keys []trust.Key) time.Duration {
+	in := rejudgeEvery
+	sooner := func(end time.Time) {
+		// At the moment itself it is over. Should the clocks disagree about that, not at once again.
+		if now.Before(end) {
+			in = min(in, max(end.Sub(now), time.Second))
+		}
+	}
+	sooner(until)
+	for _, key := range keys {
+		sooner(key.Expires)
+		for _, sub := range key.Subkeys {
+			sooner(sub.Expires)
+		}
+	}
+	return in
+}
+
+// rejudge judges all held images at the start, whenever keys or policies have changed, when one of the keys expires, and every now and then. What can't be
+// served any more, or can again, is told in the log, the audit and the metrics; serving itself asks the keys with each hit.
+func (n *running) rejudge(ctx context.Context, log *slog.Logger) {
 	for {
 		if err := n.parts.store.Ready(ctx); err != nil {
 			return
 		}
-		switch found, err := n.parts.fetcher.Rejudge(ctx); {
+		keys := n.parts.keys.Current().All()
+		found, err := n.parts.fetcher.Rejudge(ctx)
+		switch {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
@@ -330,13 +356,13 @@ func (n *running) rejudge(ctx context.Context, changed <-chan struct{}, log *slo
 			n.parts.metrics.Rejudged(found)
 			log.Debug("judged the held images again", "images", found.Images, "quarantined", found.Quarantined, "changed", found.Changed)
 		}
+		timer := time.NewTimer(rejudgeIn(time.Now(), found.Until, keys))
 		select {
-		case <-changed:
-			warnOfKeys(n.parts.keys.Current(), log)
-		case <-ticker.C:
+		case <-n.trusts:
+		case <-timer.C:
 		case <-ctx.Done():
-			return
 		}
+		timer.Stop()
 	}
 }
 

@@ -60,6 +60,8 @@ type Options struct {
 	FS       durable.FS       // nil means durable.OS
 	Log      *slog.Logger     // nil means slog.Default
 	Now      func() time.Time // nil means time.Now
+	// Offline reports whether nobody may be asked at the moment; nil means never.
+	Offline func() bool
 
 	// How long is waited after a first failure, and longer with each further one: where the server can't be reached, and where it has refused. 0 means ten
 	// seconds and five minutes. Let's Encrypt takes five failed validations of a name in an hour before it refuses to try.
@@ -195,12 +197,22 @@ func (c *Client) Run(ctx context.Context) {
 	defer c.http.CloseIdleConnections()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	offline := false
 	for {
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
 			return
 		}
+		if c.opts.Offline != nil && c.opts.Offline() {
+			if !offline {
+				c.notRenewed()
+			}
+			offline = true
+			timer.Reset(lookEvery)
+			continue
+		}
+		offline = false
 		next := c.now().Add(lookEvery)
 		for _, name := range c.names {
 			h := c.hosts[name]
@@ -216,6 +228,17 @@ func (c *Client) Run(ctx context.Context) {
 			}
 		}
 		timer.Reset(max(next.Sub(c.now()), 0))
+	}
+}
+
+// notRenewed says that nobody is asked.
+func (c *Client) notRenewed() {
+	for _, s := range c.States() {
+		until := "never issued"
+		if !s.NotAfter.IsZero() {
+			until = s.NotAfter.UTC().Format(time.RFC3339)
+		}
+		c.log.Warn("offline: the ACME server isn't asked, and this certificate isn't renewed", "host", s.Host, "until", until)
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/acproxy/acproxy/internal/acme/acmetest"
@@ -771,4 +772,45 @@ func TestValidatorsConnection(t *testing.T) {
 	if got := other.ConnectionState().NegotiatedProtocol; got != "http/1.1" {
 		t.Errorf("who offers both gets %q", got)
 	}
+}
+
+// unreachable is an ACME server that can't be reached, and counts who tries.
+type unreachable struct{ asked atomic.Int64 }
+
+// RoundTrip implements http.RoundTripper.
+func (u *unreachable) RoundTrip(*http.Request) (*http.Response, error) {
+	u.asked.Add(1)
+	return nil, errors.New("connection refused")
+}
+
+// TestOfflineForAWhile asks nobody as long as that is set, and soon after.
+func TestOfflineForAWhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var offline atomic.Bool
+		offline.Store(true)
+		server := new(unreachable)
+		var log bytes.Buffer
+		c := Open(Options{
+			Directory: "https://acme.example.net/directory", Hosts: []string{"images.example.net"}, Terms: true, Dir: t.TempDir(), Transport: server,
+			Offline: offline.Load, Log: slog.New(slog.NewTextHandler(&log, nil)),
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		// Ends with ctx; waited for below.
+		running.Go(func() { c.Run(ctx) })
+		time.Sleep(5 * time.Hour)
+		if n := server.asked.Load(); n > 0 {
+			t.Errorf("offline the server was asked %d times", n)
+		}
+		offline.Store(false)
+		time.Sleep(61 * time.Second)
+		if server.asked.Load() == 0 {
+			t.Error("a minute later nobody was asked")
+		}
+		cancel()
+		running.Wait()
+		if n := strings.Count(log.String(), "this certificate isn't renewed"); n != 1 {
+			t.Errorf("the log says %d times that nobody is asked:\n%s", n, &log)
+		}
+	})
 }

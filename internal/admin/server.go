@@ -59,7 +59,7 @@ type Options struct {
 
 	Version string
 	Started time.Time
-	Offline bool // the server dials nobody
+	Offline func() bool // whether the server dials nobody; nil means that it does dial
 
 	// Push answers clients that publish images, at the socket alone, below PushPath. nil means that there is nobody who does.
 	Push     http.Handler

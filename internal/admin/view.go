@@ -446,7 +446,7 @@ type About struct {
 
 // About returns which server this is, and how it is.
 func (v View) About() About {
-	a := About{Version: v.s.o.Version, Started: v.s.o.Started, Offline: v.s.o.Offline, Ready: true, Client: v.who.name()}
+	a := About{Version: v.s.o.Version, Started: v.s.o.Started, Offline: v.s.o.Offline != nil && v.s.o.Offline(), Ready: true, Client: v.who.name()}
 	if err := v.s.o.Ready(); err != nil {
 		a.Ready, a.Why = false, err.Error()
 	}

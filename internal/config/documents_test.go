@@ -44,6 +44,9 @@ can't work, certificates that can't be read: each comes back with its line and w
 %s
 ` + "```" + `
 
+A changed file is read by ` + "`acproxy reload`" + `, or SIGHUP: [Changing the configuration](operations.md#changing-the-configuration) has the keys that take effect
+without a restart.
+
 This page and the example are made from the comments in internal/config (` + "`go generate ./internal/config`" + `).
 `
 

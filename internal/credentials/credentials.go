@@ -69,23 +69,6 @@ func New(all []Credential, rkt []*Dir) *Set {
 	return s
 }
 
-// Prepare reads rkt's directories again, and returns what has what they say count from then on.
-func (s *Set) Prepare() (commit func(), err error) {
-	var commits []func()
-	for _, dir := range s.rkt {
-		c, err := dir.files.Prepare()
-		if err != nil {
-			return nil, err
-		}
-		commits = append(commits, c)
-	}
-	return func() {
-		for _, c := range commits {
-			c()
-		}
-	}, nil
-}
-
 // Authorize gives a request, on behalf of an image name, what its host wants to see, if anything is known of that, and returns what that was, for people.
 func (s *Set) Authorize(name string, r *http.Request) (what string, err error) {
 	if r.URL.Scheme != "https" {

@@ -33,11 +33,11 @@ func (s *Server) discovery(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	keyring, base := s.cfg.Keyring(), s.publicBase(r)
+	keyring, settings, base := s.cfg.Keyring(), s.settings.Load(), s.publicBase(r)
 	key := pageKey{requestScheme(r), r.Host, name}
 	p, ok := s.pages.Get(key)
-	if !ok || p.keyring != keyring || p.local != found.Local || !slices.Equal(p.templates, found.Templates) || !p.until.IsZero() && !s.now().Before(p.until) {
-		if p, err = s.makePage(r, name, base, keyring, found); err != nil {
+	if !ok || p.keyring != keyring || p.settings != settings || p.local != found.Local || !slices.Equal(p.templates, found.Templates) || !p.until.IsZero() && !s.now().Before(p.until) {
+		if p, err = s.makePage(r, name, base, keyring, settings, found); err != nil {
 			return err
 		}
 		if len(r.Host)+len(name) <= maxMemoURL {
@@ -55,20 +55,21 @@ type pageKey struct{ scheme, host, name string }
 // page is a discovery page, and what it was made of. It holds for as long as that stays the same.
 type page struct {
 	keyring   *trust.Keyring
+	settings  *settings
 	templates []discovery.Template // the publisher's
 	local     bool
 	until     time.Time // when one of its keys expires; zero if none does
 	served    *small
 }
 
-func (s *Server) makePage(r *http.Request, name, base string, keyring *trust.Keyring, found fetch.Discovery) (*page, error) {
+func (s *Server) makePage(r *http.Request, name, base string, keyring *trust.Keyring, settings *settings, found fetch.Discovery) (*page, error) {
 	publisher := found.Templates
-	p := &page{keyring: keyring, templates: publisher, local: found.Local}
+	p := &page{keyring: keyring, settings: settings, templates: publisher, local: found.Local}
 	content := discoveryPage{Name: name, Local: found.Local}
 	for _, t := range rewrite(publisher, base, name) {
 		content.Tags = append(content.Tags, tag{Name: "ac-discovery", Content: t.Prefix + " " + t.URL})
 	}
-	content.Keys, p.until = s.keyTags(r, keyring, name)
+	content.Keys, p.until = s.keyTags(r, keyring, name, settings.allKeys)
 	for _, k := range content.Keys {
 		content.Tags = append(content.Tags, tag{Name: "ac-discovery-pubkeys", Content: k.Content})
 	}
@@ -162,7 +163,7 @@ type keyTag struct {
 // reading those after it. Key
 // URLs stay with the host the client came by, because rkt reads keys over https only, whatever public_url says of the images. until is when the first
 // of them expires.
-func (s *Server) keyTags(r *http.Request, keyring *trust.Keyring, name string) (found []keyTag, until time.Time) {
+func (s *Server) keyTags(r *http.Request, keyring *trust.Keyring, name string, all bool) (found []keyTag, until time.Time) {
 	base := s.ownBase(r)
 	var tags, unreadable []keyTag
 	for _, key := range keyring.Keys(name) {
@@ -181,7 +182,7 @@ func (s *Server) keyTags(r *http.Request, keyring *trust.Keyring, name string) (
 		switch {
 		case key.RktReadable() == nil:
 			tags = append(tags, t)
-		case s.cfg.AllKeys:
+		case all:
 			unreadable = append(unreadable, t)
 		}
 	}

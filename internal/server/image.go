@@ -204,9 +204,10 @@ func reprDigest(sum [sha256.Size]byte) string {
 func (s *Server) cacheHeader(w http.ResponseWriter, status fetch.Status, ref acproxy.Ref) {
 	h := w.Header()
 	h["Cache-Status"] = cacheStatus(status)
-	h["Cache-Control"] = s.maxAge
+	settings := s.settings.Load()
+	h["Cache-Control"] = settings.maxAge
 	if !ref.IsZero() && ref.Version() == "" {
-		h["Cache-Control"] = s.maxAgeLatest
+		h["Cache-Control"] = settings.maxAgeLatest
 	}
 	if rec, ok := w.(*recorder); ok && rec.private {
 		h["Cache-Control"] = []string{"private, " + h["Cache-Control"][0]}

@@ -39,6 +39,8 @@ type Config struct {
 
 	// PublicURL is the scheme and host that the templates on discovery pages point to. nil means those that the client used.
 	PublicURL *url.URL
+	// These three are what counts until [Server.Change].
+	//
 	// MaxAge is the Cache-Control max-age of images and signatures; of those without a version it is TTL if that is less. 0 has nodes ask
 	// every time.
 	MaxAge time.Duration
@@ -84,8 +86,7 @@ type Server struct {
 	pages      *memo.Memo[pageKey, *page]
 	helds      *memo.Memo[heldKey, http.Header]
 	brisk      *memo.Memo[briskKey, *url.URL]
-	// The values of Cache-Control for what has a version and what hasn't.
-	maxAge, maxAgeLatest []string
+	settings   atomic.Pointer[settings]
 
 	buffers sync.Pool             // for what is encrypted
 	rates   atomic.Pointer[rates] // nil if there is no limit
@@ -112,7 +113,7 @@ func New(cfg Config) *Server {
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.refs, s.signatures, s.pages = memo.New[requested, asked](maxMemo), memo.New[acproxy.Digest, *small](maxMemo), memo.New[pageKey, *page](maxMemo)
 	s.helds, s.brisk = memo.New[heldKey, http.Header](maxMemo), newBriskMemo()
-	s.maxAge, s.maxAgeLatest = cacheControl(cfg.MaxAge), cacheControl(min(cfg.MaxAge, cfg.TTL))
+	s.Change(Settings{MaxAge: cfg.MaxAge, TTL: cfg.TTL, AllKeys: cfg.AllKeys})
 	s.SetRate(cfg.Limits.Rate, cfg.Limits.Burst)
 	s.uploads = newUploads(cfg.Fetcher, cfg.Push, cfg.Pushed)
 	s.router = s.routes()
@@ -134,6 +135,24 @@ func (s *Server) Close() error {
 		return nil
 	}
 	return s.inner.close()
+}
+
+// Settings are what an operator may change while a Server works: the fields of the same names of a [Config].
+type Settings struct {
+	MaxAge, TTL time.Duration
+	AllKeys     bool
+}
+
+// settings are the Settings that count until others take their place. They don't change.
+type settings struct {
+	// The values of Cache-Control for what has a version and what hasn't.
+	maxAge, maxAgeLatest []string
+	allKeys              bool
+}
+
+// Change puts other settings in the place of those that count, from the next answer on.
+func (s *Server) Change(to Settings) {
+	s.settings.Store(&settings{maxAge: cacheControl(to.MaxAge), maxAgeLatest: cacheControl(min(to.MaxAge, to.TTL)), allKeys: to.AllKeys})
 }
 
 // SetRate changes how many requests a client may make, as [Limits] has it, from the next request on. What clients have asked for already is forgotten.

@@ -40,13 +40,13 @@ func proxyOf(ctx context.Context) *url.URL {
 // a proxy.
 func (r *route) proxy(ctx context.Context, u *url.URL) (*url.URL, error) {
 	host := normalHost(u.Hostname())
-	if _, ok := r.client.where(host, portOf(u)); ok {
+	if _, ok := r.settings.where(host, portOf(u)); ok {
 		return nil, nil
 	}
 	proxy := r.rule.Proxy
 	if proxy == nil {
 		var err error
-		if proxy, err = r.client.cfg.Environment(u); err != nil {
+		if proxy, err = r.settings.cfg.Environment(u); err != nil {
 			return nil, &dialError{fmt.Errorf("choosing the proxy for %s: %w", host, err)}
 		}
 	}
@@ -103,10 +103,10 @@ func normalHost(host string) string {
 }
 
 // where returns where Config.Hosts says that a host is, as host and port.
-func (c *Client) where(host, port string) (string, bool) {
-	at, ok := c.hosts[host+":"+port]
+func (s *settings) where(host, port string) (string, bool) {
+	at, ok := s.hosts[host+":"+port]
 	if !ok {
-		at, ok = c.hosts[host]
+		at, ok = s.hosts[host]
 	}
 	if !ok {
 		return "", false
@@ -120,16 +120,36 @@ func (c *Client) where(host, port string) (string, bool) {
 	return net.JoinHostPort(strings.Trim(at, "[]"), port), true
 }
 
-// dial connects to host:port. The addresses are looked up and checked here, and it is the checked address that is dialled: a second look-up
-// could give another answer.
+// dial connects to host:port, unless other settings have taken the place of the route's by then: the error matches errReplaced if they have.
 func (r *route) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	trusted := proxyOf(ctx) != nil || dialsNamed(ctx)
+	// The settings are the parent because that cancels before Change returns, and what is done after a request was cancelled isn't done after Change. Nothing
+	// below asks for values of the request's context.
+	dialing, cancel := context.WithCancel(r.settings.current)
+	defer cancel()
+	defer context.AfterFunc(ctx, cancel)()
+	conn, err := r.dialOut(dialing, network, addr, trusted)
+	if r.settings.over() {
+		if conn != nil {
+			_ = conn.Close()
+		}
+		return nil, &dialError{errReplaced}
+	}
+	if err != nil && ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return conn, err
+}
+
+// dialOut connects to host:port. The addresses are looked up and checked here, and it is the checked address that is dialled: a second look-up could give
+// another answer.
+func (r *route) dialOut(ctx context.Context, network, addr string, trusted bool) (net.Conn, error) {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, &dialError{err}
 	}
 	host = normalHost(host)
-	trusted := proxyOf(ctx) != nil || dialsNamed(ctx)
-	if at, ok := r.client.where(host, port); ok {
+	if at, ok := r.settings.where(host, port); ok {
 		trusted = true
 		if host, port, err = net.SplitHostPort(at); err != nil {
 			return nil, &dialError{err}
@@ -139,7 +159,7 @@ func (r *route) dial(ctx context.Context, network, addr string) (net.Conn, error
 	if err != nil {
 		return nil, &dialError{err}
 	}
-	number, err := r.client.cfg.Resolver.LookupPort(ctx, network, port)
+	number, err := r.settings.cfg.Resolver.LookupPort(ctx, network, port)
 	if err != nil {
 		return nil, &dialError{err}
 	}
@@ -169,7 +189,7 @@ func (r *route) lookup(ctx context.Context, host string) ([]netip.Addr, error) {
 	// http.Transport lets a dial outlive its request, so the request's timeout does not bound this.
 	ctx, cancel := context.WithTimeout(ctx, r.rule.Timeout)
 	defer cancel()
-	ips, err := r.client.cfg.Resolver.LookupNetIP(ctx, "ip", host)
+	ips, err := r.settings.cfg.Resolver.LookupNetIP(ctx, "ip", host)
 	if err == nil && len(ips) == 0 {
 		err = &net.DNSError{Err: "no addresses", Name: host, IsNotFound: true}
 	}
@@ -212,9 +232,13 @@ func (r *route) connect(ctx context.Context, network string, targets []netip.Add
 	defer close(over)
 	// Each one ends when its dial does, at the latest after ConnectTimeout; nobody waits for those that lost.
 	dial := func(target netip.AddrPort) {
-		ctx, done := context.WithTimeout(ctx, r.client.cfg.ConnectTimeout)
+		ctx, done := context.WithTimeout(ctx, r.settings.cfg.ConnectTimeout)
 		defer done()
-		conn, err := r.client.cfg.DialContext(ctx, network, target.String())
+		var conn net.Conn
+		err := ctx.Err()
+		if err == nil {
+			conn, err = r.settings.cfg.DialContext(ctx, network, target.String())
+		}
 		select {
 		case results <- result{conn, err}:
 		case <-over:

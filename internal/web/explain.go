@@ -54,7 +54,7 @@ func (a *asking) explain(err error, doing string) error {
 		last.Err = detail
 		return a.fail(acproxy.ErrTimeout, "publisher-timeout", doing+": "+detail, nil)
 	case errors.Is(cause, errStalled):
-		detail := fmt.Sprintf("not %d bytes within %v", leastRead, a.route.client.cfg.StallTimeout)
+		detail := fmt.Sprintf("not %d bytes within %v", leastRead, a.route.settings.cfg.StallTimeout)
 		last.Err = detail
 		return a.fail(acproxy.ErrTimeout, "publisher-timeout", doing+": "+detail, nil)
 	case lostPing(err), errors.As(err, &network) && network.Timeout():

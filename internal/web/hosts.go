@@ -141,6 +141,16 @@ func (g *gate) makeRoom(now time.Time) {
 	}
 }
 
+// forgive forgets which hosts are down. Those that want to be left alone still do.
+func (g *gate) forgive() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, h := range g.hosts {
+		// Requests in progress keep the breakers that they began with, and tell them what nobody asks for.
+		h.breakers = make(map[string]*breaker)
+	}
+}
+
 // notAsked reports whether a host wants to be left alone, or is down.
 func (h *host) notAsked(now time.Time) bool {
 	for _, b := range h.breakers {

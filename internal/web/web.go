@@ -3,12 +3,10 @@ package web
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -51,9 +49,11 @@ type Rule struct {
 	Allow []netip.Prefix
 	// Nobody makes every request fail with acproxy.ErrOffline before any look-up or connection: there is nobody to ask.
 	Nobody bool
+	// Offline does so too, because nobody is to be asked.
+	Offline bool
 }
 
-// Config says how a Client behaves. Its fields may not change after New.
+// Config says how a Client behaves. Its fields may not change after it was given to New or [Client.Change].
 type Config struct {
 	Rules []Rule
 	// Hosts says where hosts really are, like /etc/hosts and curl's --connect-to: "storage.example.com" or "storage.example.com:443" to
@@ -77,7 +77,7 @@ type Config struct {
 	MaxRedirects   int           // redirects followed; 0 means DefaultMaxRedirects, less than 0 none
 	MaxHeaderBytes int64         // bytes of an answer's headers; 0 means DefaultMaxHeaderBytes
 
-	Limits Limits // how each host is spared
+	Limits Limits // how each host is spared; as New was given them, for good
 
 	// Authorize gives a request on behalf of an image name what its host wants to see, each time that a host is asked, after redirects too, and returns what that
 	// was, for the trace, without anything that is secret. nil means that nothing is shown to anybody.
@@ -90,18 +90,16 @@ type Config struct {
 	// Environment returns the proxy for a URL if its rule names none; nil means what HTTP_PROXY, HTTPS_PROXY and NO_PROXY say,
 	// as http.ProxyFromEnvironment reads them.
 	Environment func(*url.URL) (*url.URL, error)
-	// Now is the clock by which hosts are left alone; nil means time.Now.
+	// Now is the clock by which hosts are left alone; nil means time.Now. It is as New was given it, for good.
 	Now func() time.Time
-	// Random is from 0 to 1, and spreads the times at which hosts are asked again; nil means rand.Float64.
+	// Random is from 0 to 1, and spreads the times at which hosts are asked again; nil means rand.Float64. It is as New was given it, for good.
 	Random func() float64
 }
 
 // A Client asks publishers. It is safe for concurrent use.
 type Client struct {
-	cfg    Config
-	hosts  map[string]string // Config.Hosts, the keys as dialKey writes them
-	routes []*route          // by prefix, longest first; the last one matches every name
-	gate   *gate
+	settings atomic.Pointer[settings]
+	gate     *gate
 
 	traffic map[string]*traffic // by what is asked for; what isn't here counts as ""
 }
@@ -126,20 +124,11 @@ func (c *Client) Traffic() []Traffic {
 }
 
 func (a *asking) traffic() *traffic {
-	all := a.route.client.traffic
+	all := a.client.traffic
 	if t := all[a.what]; t != nil {
 		return t
 	}
 	return all[""]
-}
-
-// A route is a Rule with connections of its own: what one rule trusts must not answer for another.
-type route struct {
-	client    *Client
-	rule      Rule
-	allow     []netip.Prefix
-	transport *http.Transport
-	alone     *http.Transport // the same, with a connection for each request
 }
 
 // What cancels a request on our side. They are told apart from the caller's own cancellation by context.Cause.
@@ -148,83 +137,18 @@ var (
 	errStalled = errors.New("the body stalled")
 )
 
-// New returns a Client. Close drops its idle connections.
-func New(cfg Config) *Client {
-	cfg.ConnectTimeout = orDefault(cfg.ConnectTimeout, DefaultConnectTimeout)
-	cfg.Timeout = orDefault(cfg.Timeout, DefaultTimeout)
-	cfg.StallTimeout = orDefault(cfg.StallTimeout, DefaultStallTimeout)
-	cfg.MaxRedirects = orDefault(cfg.MaxRedirects, DefaultMaxRedirects)
-	cfg.MaxHeaderBytes = orDefault(cfg.MaxHeaderBytes, DefaultMaxHeaderBytes)
-	cfg.UserAgent = orDefault(cfg.UserAgent, DefaultUserAgent)
-	if cfg.Resolver == nil {
-		cfg.Resolver = net.DefaultResolver
-	}
-	if cfg.DialContext == nil {
-		cfg.DialContext = (&net.Dialer{}).DialContext
-	}
-	if cfg.Environment == nil {
-		cfg.Environment = func(u *url.URL) (*url.URL, error) { return http.ProxyFromEnvironment(&http.Request{URL: u}) }
-	}
-	if cfg.Now == nil {
-		cfg.Now = time.Now
-	}
-	if cfg.Random == nil {
-		cfg.Random = rand.Float64
-	}
-	c := &Client{cfg: cfg, hosts: make(map[string]string, len(cfg.Hosts)), gate: newGate(cfg.Limits, cfg.Now, cfg.Random), traffic: make(map[string]*traffic)}
-	for _, what := range []string{"", "discovery", "key", "signature", "image"} {
-		c.traffic[what] = new(traffic)
-	}
-	for host, where := range cfg.Hosts {
-		c.hosts[normalHost(host)] = where
-	}
-	for _, rule := range cfg.Rules {
-		c.routes = append(c.routes, c.newRoute(rule))
-	}
-	c.routes = append(c.routes, c.newRoute(Rule{}))
-	slices.SortStableFunc(c.routes, func(a, b *route) int { return len(b.rule.Prefix) - len(a.rule.Prefix) })
-	return c
-}
-
-func orDefault[T comparable](v, fallback T) T {
-	var zero T
-	if v == zero {
-		return fallback
-	}
-	return v
-}
-
-func (c *Client) newRoute(rule Rule) *route {
-	rule.Prefix = strings.TrimSuffix(rule.Prefix, "/")
-	rule.Timeout = orDefault(rule.Timeout, c.cfg.Timeout)
-	r := &route{client: c, rule: rule, allow: slices.Concat(c.cfg.Allow, rule.Allow)}
-	r.transport = &http.Transport{
-		Proxy:                  func(req *http.Request) (*url.URL, error) { return proxyOf(req.Context()), nil },
-		DialContext:            r.dial,
-		TLSClientConfig:        &tls.Config{RootCAs: rule.RootCAs},
-		TLSHandshakeTimeout:    rule.Timeout,
-		DisableCompression:     true, // the signature is over the bytes as published, whatever they are
-		ForceAttemptHTTP2:      true,
-		MaxIdleConnsPerHost:    16,
-		IdleConnTimeout:        90 * time.Second,
-		MaxResponseHeaderBytes: c.cfg.MaxHeaderBytes,
-		OnProxyConnectResponse: checkConnect,
-		// A dead HTTP/2 connection would otherwise be given to one request after another until the kernel notices. One that has stopped in the middle
-		// of a header is dead, too.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: max(c.cfg.StallTimeout/2, time.Second), PingTimeout: max(c.cfg.StallTimeout/2, time.Second)},
-	}
-	r.alone = r.transport.Clone()
-	r.alone.DisableKeepAlives = true
-	return r
-}
-
 // Dial connects to host:port for somebody else's connection, within the dial rules for no name in particular, and without regard to
 // Config.Limits: those who wait are not ours to keep waiting. The caller closes the connection. Errors are those of Get.
 func (c *Client) Dial(ctx context.Context, hostport string) (net.Conn, error) {
-	if c.cfg.Offline {
-		return nil, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "this side is set to be offline and does not connect to " + hostport}
+	var conn net.Conn
+	err := errReplaced
+	for errors.Is(err, errReplaced) {
+		s := c.settings.Load()
+		if s.cfg.Offline {
+			return nil, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "this side is set to be offline and does not connect to " + hostport}
+		}
+		conn, err = s.route("").dial(ctx, "tcp", hostport)
 	}
-	conn, err := c.route("").dial(ctx, "tcp", hostport)
 	if err == nil {
 		return conn, nil
 	}
@@ -232,29 +156,6 @@ func (c *Client) Dial(ctx context.Context, hostport string) (net.Conn, error) {
 		return nil, err
 	}
 	return nil, &acproxy.Error{Kind: acproxy.ErrPublisher, Code: "publisher-unreachable", Detail: "connecting to " + hostport, Err: err}
-}
-
-// Close drops the idle connections. Bodies still open stay readable.
-func (c *Client) Close() {
-	for _, r := range c.routes {
-		r.transport.CloseIdleConnections()
-	}
-}
-
-// Hosts returns how things are with the hosts that were asked lately, by name.
-func (c *Client) Hosts() []HostState { return c.gate.states() }
-
-// Rule returns the rule that is used for an image name, with the client's defaults filled in. Two names with the same Prefix there share
-// connections, and answers got for one may be used for the other.
-func (c *Client) Rule(name string) Rule { return c.route(name).rule }
-
-func (c *Client) route(name string) *route {
-	for _, r := range c.routes {
-		if acproxy.HasPrefix(name, r.rule.Prefix) {
-			return r
-		}
-	}
-	return c.routes[len(c.routes)-1] // cannot happen: the last one matches every name
 }
 
 // Get asks for a URL on behalf of an image name, whose rule decides how, and follows redirects. what says in the trace what is asked for,
@@ -269,6 +170,9 @@ func (c *Client) route(name string) *route {
 //
 // The header goes with every request, except that Authorization, Cookie and Proxy-Authorization do not follow a redirect to another
 // origin (scheme, host and port, RFC 6454).
+//
+// A request for which no connection is made yet when [Client.Change] is called, or whose turn hasn't come, goes by what was changed, and so does each
+// redirect after that.
 //
 // Errors match [acproxy.ErrOffline], [acproxy.ErrRefused] if the dial rules forbid it, [acproxy.ErrTimeout], [acproxy.ErrPublisher],
 // [acproxy.ErrBusy] with the code [CodeBusy] if its turn didn't come, or the error of ctx if that was what ended it. Those that are an
@@ -290,8 +194,9 @@ func (c *Client) Head(ctx context.Context, name, what, rawURL string) (status in
 
 func (c *Client) do(ctx context.Context, method, name, what, rawURL string, header http.Header) (*http.Response, acproxy.Trace, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	a := &asking{route: c.route(name), name: name, method: method, what: what, header: c.header(header), ctx: ctx, cancel: cancel}
-	if c.cfg.Traces {
+	s := c.settings.Load()
+	a := &asking{client: c, route: s.route(name), name: name, method: method, what: what, header: s.header(header), ctx: ctx, cancel: cancel}
+	if s.cfg.Traces {
 		if traceparent := tracing.Outgoing(ctx); traceparent != "" {
 			a.header.Set(tracing.Header, traceparent)
 		}
@@ -304,23 +209,10 @@ func (c *Client) do(ctx context.Context, method, name, what, rawURL string, head
 	return resp, a.trace, nil
 }
 
-func (c *Client) header(given http.Header) http.Header {
-	h := given.Clone()
-	if h == nil {
-		h = make(http.Header)
-	}
-	h.Set("User-Agent", c.cfg.UserAgent)
-	// Without a word about it, a server may choose any coding (RFC 9110, section 12.5.3).
-	h.Set("Accept-Encoding", "identity")
-	if c.cfg.Via != "" {
-		h.Add("Via", "1.1 "+c.cfg.Via)
-	}
-	return h
-}
-
 // asking is one Get or Head in progress.
 type asking struct {
-	route  *route
+	client *Client
+	route  *route // what the URL that is asked for now goes by
 	name   string // of the image
 	method string
 	what   string
@@ -336,12 +228,8 @@ type asking struct {
 }
 
 func (a *asking) ask(rawURL string) (*http.Response, error) {
-	cfg := &a.route.client.cfg
-	if cfg.Offline {
-		return nil, a.refuse(rawURL, acproxy.ErrOffline, "offline", "this side is set to be offline and asks no publisher for "+Redacted(rawURL))
-	}
-	if a.route.rule.Nobody {
-		return nil, a.refuse(rawURL, acproxy.ErrOffline, "published-here", "the images under "+a.route.rule.Prefix+" are published here, so nobody is asked for "+Redacted(rawURL))
+	if err := a.nobody(rawURL); err != nil {
+		return nil, err
 	}
 	a.left, a.queue, a.since = a.route.rule.Timeout, a.route.rule.Timeout, time.Now()
 	a.slow = time.AfterFunc(a.left, func() { a.cancel(errSlow) })
@@ -351,10 +239,7 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 		return nil, a.refuse(rawURL, acproxy.ErrPublisher, "bad-url", fmt.Sprintf("%s is not a URL: %v", Redacted(rawURL), parseReason(rawURL, err)))
 	}
 	for redirects := 0; ; redirects++ {
-		if err := a.check(u); err != nil {
-			return nil, err
-		}
-		resp, t, err := a.hop(u)
+		resp, t, err := a.request(u)
 		if err != nil {
 			return nil, err
 		}
@@ -375,8 +260,8 @@ func (a *asking) ask(rawURL string) (*http.Response, error) {
 		}
 		next.Fragment, next.RawFragment = "", ""
 		note(last, "redirects to "+Redacted(next.String()))
-		if redirects >= cfg.MaxRedirects {
-			last.Err = fmt.Sprintf("more than %d redirects", max(cfg.MaxRedirects, 0))
+		if most := a.route.settings.cfg.MaxRedirects; redirects >= most {
+			last.Err = fmt.Sprintf("more than %d redirects", max(most, 0))
 			return nil, a.fail(acproxy.ErrPublisher, "too-many-redirects", fmt.Sprintf("%s leads to %s", a.trace[0].URL, last.Err), nil)
 		}
 		if u.Scheme == "https" && next.Scheme == "http" && !a.route.rule.HTTP {
@@ -426,6 +311,38 @@ func portOf(u *url.URL) string {
 // maxHost is how long the host of a URL with its port may be: a name, a colon and digits, or an address with a zone.
 const maxHost = 300
 
+// nobody returns an error if nobody is asked for the image name at all.
+func (a *asking) nobody(rawURL string) error {
+	rule := a.route.rule
+	switch {
+	case a.route.settings.cfg.Offline:
+		return a.refuse(rawURL, acproxy.ErrOffline, "offline", "this side is set to be offline and asks no publisher for "+Redacted(rawURL))
+	case rule.Nobody:
+		return a.refuse(rawURL, acproxy.ErrOffline, "published-here", "the images under "+rule.Prefix+" are published here, so nobody is asked for "+Redacted(rawURL))
+	case rule.Offline:
+		return a.refuse(rawURL, acproxy.ErrOffline, "offline", "this side is set to be offline for the images under "+rule.Prefix+" and asks no publisher for "+Redacted(rawURL))
+	}
+	return nil
+}
+
+// request asks for one URL by the settings of the moment, and again where others took their place before anything was asked.
+func (a *asking) request(u *url.URL) (*http.Response, *turn, error) {
+	for {
+		a.route = a.client.settings.Load().route(a.name)
+		if err := a.nobody(u.String()); err != nil {
+			return nil, nil, err
+		}
+		if err := a.check(u); err != nil {
+			return nil, nil, err
+		}
+		resp, t, err := a.hop(u)
+		if !errors.Is(err, errReplaced) {
+			return resp, t, err
+		}
+		a.trace = a.trace[:len(a.trace)-1]
+	}
+}
+
 // check returns an error if the rules forbid asking for a URL, whoever it leads to.
 func (a *asking) check(u *url.URL) error {
 	shown := Redacted(u.String())
@@ -446,7 +363,8 @@ func (a *asking) check(u *url.URL) error {
 	return nil
 }
 
-// hop asks for one URL, when its turn has come, and records the attempt.
+// hop asks for one URL, when its turn has come, and records the attempt. The error matches errReplaced if nothing was asked because the settings of its
+// route are not those of the client any more.
 func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 	began := time.Now()
 	a.trace = append(a.trace, acproxy.Attempt{What: a.what, URL: Redacted(u.String())})
@@ -460,7 +378,7 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 	req := (&http.Request{Method: a.method, URL: u, Host: u.Host, Header: a.header.Clone(), Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).
 		WithContext(withProxy(a.ctx, proxy))
 	shown := ""
-	if authorize := a.route.client.cfg.Authorize; authorize != nil {
+	if authorize := a.route.settings.cfg.Authorize; authorize != nil {
 		if shown, err = authorize(a.name, req); err != nil {
 			last.Took = time.Since(began)
 			return nil, nil, a.explain(err, doing)
@@ -471,12 +389,20 @@ func (a *asking) hop(u *url.URL) (*http.Response, *turn, error) {
 		last.Took = time.Since(began)
 		return nil, nil, a.notAsked(err, doing)
 	}
+	if a.route.settings.over() {
+		t.dropped()
+		return nil, nil, errReplaced
+	}
 	last.Note = shown
 	if waited := time.Since(began); waited >= worthNoting {
 		note(last, fmt.Sprintf("waited %v for its turn", waited.Round(time.Millisecond)))
 		began = time.Now()
 	}
 	resp, err := a.route.roundTrip(req)
+	if errors.Is(err, errReplaced) {
+		t.dropped()
+		return nil, nil, errReplaced
+	}
 	// What a server says because we hung up is no answer, though it may still reach us: climbing on such a 404 would be wrong.
 	if err == nil && a.ctx.Err() != nil {
 		_ = resp.Body.Close()
@@ -514,7 +440,7 @@ func (a *asking) wait(u *url.URL) (*turn, error) {
 	began := time.Now()
 	a.left -= began.Sub(a.since)
 	running := a.slow.Stop()
-	t, err := a.route.client.gate.enter(a.ctx, asked{
+	t, err := a.client.gate.enter(a.ctx, asked{
 		host: origin(u), prefix: a.route.rule.Prefix, url: u.String(), large: a.what == "image" && a.method == http.MethodGet,
 	}, a.queue)
 	a.since = time.Now()
@@ -548,7 +474,7 @@ func (a *asking) fail(kind error, code, detail string, cause error) error {
 
 // body returns the answer's body, wrapped so that it fails when it stalls and its errors are ours.
 func (a *asking) body(rc io.ReadCloser, t *turn) io.ReadCloser {
-	stall := a.route.client.cfg.StallTimeout
+	stall := a.route.settings.cfg.StallTimeout
 	timer := time.AfterFunc(stall, func() { a.cancel(errStalled) })
 	timer.Stop()
 	return &body{rc: rc, asking: a, turn: t, timer: timer, left: stall, due: leastRead}
@@ -577,7 +503,7 @@ func (b *body) Read(p []byte) (int, error) {
 	b.left -= time.Since(began)
 	b.asking.traffic().bytes.Add(int64(n))
 	if b.due -= n; b.due <= 0 {
-		b.left, b.due = b.asking.route.client.cfg.StallTimeout, leastRead
+		b.left, b.due = b.asking.route.settings.cfg.StallTimeout, leastRead
 	}
 	// A server that sees us hang up may end its body in good order, and that end may still reach us: one that comes after the request was
 	// cancelled is not the end of the body.
@@ -607,5 +533,6 @@ func (b *body) Close() error {
 		b.turn.dropped()
 	}
 	b.asking.cancel(nil)
+	b.asking.route.leave()
 	return err
 }

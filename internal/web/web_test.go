@@ -823,7 +823,7 @@ func (h hangUp) Close() error             { return nil }
 func TestEndAfterCancelling(t *testing.T) {
 	c := client(t, Config{StallTimeout: time.Millisecond})
 	ctx, cancel := context.WithCancelCause(t.Context())
-	a := &asking{route: c.route(""), ctx: ctx, cancel: cancel, trace: acproxy.Trace{{What: "image", URL: "https://example.com/"}}}
+	a := &asking{client: c, route: c.settings.Load().route(""), ctx: ctx, cancel: cancel, trace: acproxy.Trace{{What: "image", URL: "https://example.com/"}}}
 	turn, err := c.gate.enter(ctx, asked{host: "https://example.com"}, time.Hour)
 	if err != nil {
 		t.Fatal(err)
@@ -872,7 +872,7 @@ func TestTrickle(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := New(Config{StallTimeout: 30 * time.Second, Environment: noProxy})
 				ctx, cancel := context.WithCancelCause(t.Context())
-				a := &asking{route: c.route(""), ctx: ctx, cancel: cancel, trace: acproxy.Trace{{What: "image", URL: "https://example.com/"}}}
+				a := &asking{client: c, route: c.settings.Load().route(""), ctx: ctx, cancel: cancel, trace: acproxy.Trace{{What: "image", URL: "https://example.com/"}}}
 				turn, err := c.gate.enter(ctx, asked{host: "https://example.com:443", url: "https://example.com/"}, time.Second)
 				if err != nil {
 					t.Fatal(err)

@@ -272,4 +272,9 @@ func TestKeysThatRktCannotReadComeLast(t *testing.T) {
 	if n := len(urls); n != 3 || !strings.HasSuffix(urls[n-1], unreadable.Fingerprint()+".asc") {
 		t.Errorf("the page lists %q, want three keys, the last of them %s", urls, unreadable.Fingerprint())
 	}
+	// The page that was made before is not the one that is given.
+	s.reloads("", `trust.publish: "all" → "rkt-readable"`)
+	if urls, err = s.node.Keys(im.name); err != nil || len(urls) != 2 {
+		t.Errorf("with trust.publish: rkt-readable the page lists %q, %v", urls, err)
+	}
 }
