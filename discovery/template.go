@@ -35,6 +35,22 @@ type Template struct {
 // String returns the template as the content of a tag has it, and as [ParseTemplate] reads it.
 func (t Template) String() string { return t.Prefix + " " + t.URL }
 
+// maxTemplateURL is how long the URL of a template that somebody has carried here can be, in bytes.
+const maxTemplateURL = 4096
+
+// Check returns why a template can't be one that discovery has found for a name, nil if it can. The error matches [acproxy.ErrInvalid].
+func (t Template) Check(name string) error {
+	if err := acproxy.CheckName(t.Prefix); err != nil || !acproxy.HasPrefix(name, t.Prefix) {
+		return acproxy.Invalid("the template for the prefix %.80q doesn't cover %s", t.Prefix, name)
+	}
+	// Braces are not for URLs, but here they stand for what is put in.
+	u, err := url.Parse(strings.NewReplacer("{", "", "}", "").Replace(t.URL))
+	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil || len(t.URL) > maxTemplateURL || strings.ContainsFunc(t.URL, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
+		return acproxy.Invalid("the template %.80q of %s is no http or https URL of up to %d bytes", t.URL, name, maxTemplateURL)
+	}
+	return nil
+}
+
 // variable is one variable with its braces.
 var variable = regexp.MustCompile(`\{[^{}]*\}`)
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -89,7 +90,8 @@ func (f *Fetcher) examine(c Carried) (e examined, err error) {
 	if c.Size > f.cfg.MaxImageSize {
 		return e, tooLarge(c.Source, f.cfg.MaxImageSize)
 	}
-	if rec, err := f.cfg.Store.Record(c.Digest); err == nil && rec.Name == c.Name && f.acceptable(rec) == nil {
+	// What is said to be another image than the one with these bytes isn't held: its bytes have to show it.
+	if rec, err := f.cfg.Store.Record(c.Digest); err == nil && rec.Name == c.Name && maps.Equal(rec.Labels, c.Labels) && (c.ImageID.IsZero() || c.ImageID == rec.ImageID) && f.acceptable(rec) == nil {
 		e.held, e.signed = &rec, lastSigned(rec.Signers)
 		return e, nil
 	}
@@ -123,6 +125,8 @@ func (f *Fetcher) Take(ctx context.Context, c Carried, open func() (io.Reader, e
 		f.refuseCarried(c, e.full, err)
 		return Taken{}, err
 	}
+	// Nobody else has what is published here.
+	c.Pin = c.Pin || e.policy.Local
 	moved, kept := f.movable(ctx, c, e)
 	t := Taken{Moved: moved, Kept: kept}
 	if e.held != nil {
@@ -136,6 +140,25 @@ func (f *Fetcher) Take(ctx context.Context, c Carried, open func() (io.Reader, e
 	}
 	f.forgive(c.Name, t.Record.Labels)
 	return t, nil
+}
+
+// TakeSent is [Fetcher.Take] for bytes that come as slowly as whoever sends them likes: all of them are here before anybody else can come to wait for them.
+func (f *Fetcher) TakeSent(ctx context.Context, c Carried, open func() (io.Reader, error)) (Taken, error) {
+	e, err := f.examine(c)
+	if err != nil || e.held != nil {
+		return f.Take(ctx, c, open)
+	}
+	body, err := open()
+	if err != nil {
+		return Taken{}, err
+	}
+	u, err := f.Receive(ctx, e.full, c.Source, c.Size, body)
+	if err != nil {
+		return Taken{}, err
+	}
+	c.arrived = u.partial
+	t, err := f.Take(ctx, c, func() (io.Reader, error) { return nil, errors.New("its bytes have been used already") })
+	return t, errors.Join(err, u.Discard())
 }
 
 // movable returns the refs that shall answer a carried image, and those that go on answering what was signed later. That is all that shows, without the
@@ -173,6 +196,10 @@ func newer(c Carried, signed time.Time, held cache.Record) bool {
 func (f *Fetcher) pointCarried(ctx context.Context, c Carried, e examined, refs []acproxy.Ref) error {
 	var resolutions []cache.Resolution
 	for _, ref := range refs {
+		// Whatever was said of it: another download may have brought it.
+		if err := ref.Matches(e.held.Name, e.held.Labels); err != nil {
+			return err
+		}
 		if err := f.unchanged(ctx, ref, *e.held, c); err != nil {
 			return err
 		}
@@ -369,6 +396,9 @@ func (f *Fetcher) forgive(name string, labels map[string]string) {
 	}
 }
 
+// maxTaught is how many templates a name can be taught.
+const maxTaught = 64
+
 // Teach takes over what somebody else has learned of a name, where nothing is known of it here or where nobody may be asked. It reports whether that was
 // so. Where the publisher may be asked it is, at the next occasion.
 func (f *Fetcher) Teach(name string, templates []discovery.Template) (bool, error) {
@@ -377,6 +407,14 @@ func (f *Fetcher) Teach(name string, templates []discovery.Template) (bool, erro
 	}
 	if err := f.allowed(name); err != nil {
 		return false, err
+	}
+	if len(templates) == 0 || len(templates) > maxTaught {
+		return false, acproxy.Invalid("%s comes with %d templates, where 1 to %d are allowed", name, len(templates), maxTaught)
+	}
+	for _, t := range templates {
+		if err := t.Check(name); err != nil {
+			return false, err
+		}
 	}
 	known, ok := f.cfg.Store.Known(name)
 	offline := f.policy(name).Offline

@@ -6,6 +6,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"io"
+	"maps"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -325,6 +328,25 @@ func TestTeach(t *testing.T) {
 			t.Errorf("Discover = %+v, %v", d, err)
 		}
 	}
+	for what, wrong := range map[string][]discovery.Template{
+		"no templates":         nil,
+		"too many templates":   slices.Repeat(templates, maxTaught+1),
+		"another's prefix":     {{Prefix: "example.org", URL: templates[0].URL}},
+		"a part of a segment":  {{Prefix: "example.com/ap", URL: templates[0].URL}},
+		"no prefix":            {{URL: templates[0].URL}},
+		"another scheme":       {{Prefix: "example.com", URL: "ftp://example.com/{name}"}},
+		"no host":              {{Prefix: "example.com", URL: "https:///{name}"}},
+		"a user":               {{Prefix: "example.com", URL: "https://u@example.com/{name}"}},
+		"a space":              {{Prefix: "example.com", URL: "https://example.com/ {name}"}},
+		"a URL without an end": {{Prefix: "example.com", URL: "https://example.com/" + strings.Repeat("x", 4096)}},
+	} {
+		if learned, err := s.f.Teach("example.com/app", wrong); learned || !errors.Is(err, acproxy.ErrInvalid) {
+			t.Errorf("%s: %v, %v", what, learned, err)
+		}
+	}
+	if learned, err := s.f.Teach("example.com/many", slices.Repeat(templates, maxTaught)); err != nil || !learned {
+		t.Errorf("as many as there may be: %v, %v", learned, err)
+	}
 	if _, err := s.f.Teach("../x", templates); !errors.Is(err, acproxy.ErrInvalid) {
 		t.Errorf("no name: %v", err)
 	}
@@ -342,6 +364,64 @@ func TestTeach(t *testing.T) {
 	}
 	if d, err := s.f.Discover(t.Context(), "example.com/other"); err != nil || d.Status != Stale {
 		t.Errorf("Discover = %+v, %v, want it refreshed behind", d, err)
+	}
+}
+
+// TestHeldImageIsNoOther has a held image announced with other labels, and other refs: it answers nothing that it isn't for.
+func TestHeldImageIsNoOther(t *testing.T) {
+	s := newIsolated(t)
+	c, blob := s.carry(spec("1", 100), goodKey(), s.clock.Now().Add(-time.Minute))
+	s.take(c, blob)
+	said := c
+	said.Labels = maps.Clone(c.Labels)
+	said.Labels["version"], said.Refs = "2", nil
+	if held, err := s.f.Examine(said); held || err != nil {
+		t.Errorf("Examine = %v, %v; want that its bytes are needed", held, err)
+	}
+	for _, take := range []func() (Taken, error){
+		func() (Taken, error) { return s.f.Take(t.Context(), said, from(blob)) },
+		func() (Taken, error) { return s.f.TakeSent(t.Context(), said, from(blob)) },
+	} {
+		if taken, err := take(); acproxy.Code(err) != "wrong-labels" {
+			t.Errorf("version 1 is taken in as version 2: %+v, %v", taken, err)
+		}
+	}
+	said = c
+	said.ImageID[0]++
+	if _, err := s.f.Take(t.Context(), said, from(blob)); acproxy.Code(err) != codeNotAsSaid {
+		t.Errorf("with another image ID: %v", err)
+	}
+	if _, _, err := s.store.Resolve(t.Context(), s.app("2")); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("version 2 answers something: %v", err)
+	}
+	s.want(s.app("1"), blob, Hit)
+}
+
+// TestWhoSendsSlowlyKeepsNobodyWaiting has bytes come that stop in the middle: who has all of them is not kept waiting.
+func TestWhoSendsSlowlyKeepsNobodyWaiting(t *testing.T) {
+	s := newIsolated(t)
+	c, blob := s.carry(spec("1", 1<<20), goodKey(), s.clock.Now().Add(-time.Minute))
+	r, w := io.Pipe()
+	sent := make(chan error, 1)
+	// Ends when the pipe is closed below, which is waited for.
+	go func() {
+		_, err := s.f.TakeSent(t.Context(), c, func() (io.Reader, error) { return r, nil })
+		sent <- err
+	}()
+	if _, err := w.Write(blob[:1000]); err != nil {
+		t.Fatal(err)
+	}
+	if taken, err := s.f.TakeSent(t.Context(), c, from(blob)); err != nil || taken.Held {
+		t.Errorf("who sends all of it: %+v, %v", taken, err)
+	}
+	broken := errors.New("the line is gone")
+	_ = w.CloseWithError(broken)
+	if err := <-sent; !errors.Is(err, broken) {
+		t.Errorf("who sends half of it: %v", err)
+	}
+	s.want(s.app("1"), blob, Hit)
+	if usage, err := s.store.Usage(); err != nil || usage.Partials != 0 {
+		t.Errorf("%d bytes are left of it, %v", usage.Partials, err)
 	}
 }
 

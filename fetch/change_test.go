@@ -3,6 +3,7 @@ package fetch
 import (
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -267,4 +268,22 @@ func TestChangesBesideHits(t *testing.T) {
 	}
 	close(stop)
 	readers.Wait()
+}
+
+// TestWhatWasFoundByOldRules has the rules change while a publisher is being asked: what it then says is not what the new ones lead to.
+func TestWhatWasFoundByOldRules(t *testing.T) {
+	s := newScene(t)
+	began := s.clock.Now()
+	s.clock.advance(time.Second)
+	s.finder.SetRules([]discovery.Rule{{Prefix: "example.com", Templates: []string{"https://new.example.com/{name}-{version}.{ext}"}}})
+	s.clock.advance(time.Second)
+	s.f.learn("example.com/app", discovery.Found{Templates: []discovery.Template{{Prefix: "example.com", URL: "https://old.example.com/{name}-{version}.{ext}"}}}, began)
+	known, ok := s.store.Known("example.com/app")
+	if !ok || s.f.fresh(known) {
+		t.Errorf("what the old rules led to is known: %v, and taken for fresh: %v", ok, s.f.fresh(known))
+	}
+	templates, _, err := s.f.templates(t.Context(), "example.com/app", new(acproxy.Trace))
+	if err != nil || len(templates) != 1 || !strings.HasPrefix(templates[0].URL, "https://new.") {
+		t.Errorf("an image is asked for at %v, %v", templates, err)
+	}
 }

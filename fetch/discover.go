@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/url"
 	"slices"
+	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
@@ -84,16 +85,17 @@ func kept(found []discovery.Template) []cache.Template {
 
 // discover asks the publisher and keeps what it says. When it returns, what was said is known.
 func (f *Fetcher) discover(ctx context.Context, name string) (discovery.Found, error) {
+	began := f.now()
 	found, err := f.cfg.Discovery.Templates(ctx, name)
 	if err == nil {
-		f.learn(name, found)
+		f.learn(name, found, began)
 	}
 	return found, err
 }
 
-// learn keeps what the publisher said about a name.
-func (f *Fetcher) learn(name string, found discovery.Found) {
-	if err := f.cfg.Store.Learn(cache.Discovered{Name: name, Page: found.Page, Templates: kept(found.Templates), When: f.now()}); err != nil {
+// learn keeps what the publisher said about a name. It counts from when that was asked for: the rules may be others since.
+func (f *Fetcher) learn(name string, found discovery.Found, began time.Time) {
+	if err := f.cfg.Store.Learn(cache.Discovered{Name: name, Page: found.Page, Templates: kept(found.Templates), When: began}); err != nil {
 		// The answer is good all the same; only a restart will have to ask again.
 		f.log.Error("keeping what discovery found", "name", name, "err", err)
 	}
@@ -138,6 +140,7 @@ func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Tra
 	if ok && f.fresh(known) {
 		return learned(known), kept, nil
 	}
+	began := f.now()
 	found, err := f.cfg.Discovery.Templates(ctx, name)
 	if err == nil {
 		*trace = append(*trace, found.Trace...)
@@ -145,7 +148,7 @@ func (f *Fetcher) templates(ctx context.Context, name string, trace *acproxy.Tra
 		// Ends with what the store writes; Close waits for it.
 		started := f.start(func(context.Context) {
 			defer close(keeping)
-			f.learn(name, found)
+			f.learn(name, found, began)
 		})
 		if started {
 			kept = func() { <-keeping }

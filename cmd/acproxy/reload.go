@@ -230,9 +230,8 @@ func (r *reloader) prepare(next *config.Config) (commit func(), err error) {
 		// How publishers are reached comes before what is asked of them: whoever is asked by the new policies is asked in the new way. Connections are begun
 		// anew each time, as the files of certificate authorities and credentials may be others.
 		p.web.Change(publishers)
-		if rules := discoveryRules(next); !reflect.DeepEqual(rules, discoveryRules(now)) {
-			p.finder.SetRules(rules)
-		}
+		// So are pages asked for anew, whose publishers may be reached in another way.
+		p.finder.SetRules(discoveryRules(next))
 		p.fetcher.Change(fetchSettings(next))
 		p.store.SetQuota(quota(next))
 		r.n.server.Change(server.Settings{MaxAge: time.Duration(next.Freshness.MaxAge), TTL: time.Duration(next.Freshness.TTL), AllKeys: next.Trust.Publish == config.PublishAll})

@@ -213,7 +213,7 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 	p := n.parts
 	n.admin = admin.New(admin.Options{
 		Store: p.judged(), Guard: p.guard, Metrics: p.metrics.Handler(), Flights: p.fetcher.Flights, Publishers: p.web.Hosts, Keyring: p.keys.Current,
-		Journal: p.journal, History: p.history, Warm: p.warm, Origin: p.origin(), Destination: p.fetcher, Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: p.web.Offline, Log: log,
+		Journal: p.journal, History: p.history, Warm: p.warm, Origin: p.origin(), Destination: p.fetcher, Stall: time.Duration(cfg.Clients.StallTimeout), Ready: p.ready, Version: buildVersion(), Started: time.Now().UTC(), Offline: p.web.Offline, Log: log,
 		Discover: func(ctx context.Context, ref acproxy.Ref) (admin.Discovered, error) {
 			return admin.Discover(ctx, p.finder, ref)
 		},
@@ -223,11 +223,6 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 		Push:       n.server.PushHandler(), PushPath: server.PushPath,
 		Page: func(s *admin.Server) http.Handler { return page.New(s, log) },
 	})
-	if err := n.admin.Listen(cfg.Admin.Socket); errors.Is(err, syscall.EROFS) {
-		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
-	} else if err != nil {
-		return err
-	}
 	for _, l := range cfg.Admin.Listen {
 		err := n.listenForOperators(ctx, l)
 		if l.Address == config.DefaultAdminAddress && errors.Is(err, syscall.EADDRINUSE) {
@@ -243,6 +238,12 @@ func (n *running) openAdmin(ctx context.Context, cfg *config.Config, log *slog.L
 		if err := n.listenForMetrics(ctx, cfg.Admin.Metrics); err != nil {
 			return err
 		}
+	}
+	// Last: by the socket a reload may come, which looks at what the addresses above have opened.
+	if err := n.admin.Listen(cfg.Admin.Socket); errors.Is(err, syscall.EROFS) {
+		log.Error("acproxy's own commands can't ask this server: its socket can't be made; admin.socket can be somewhere else", "socket", cfg.Admin.Socket, "err", err)
+	} else if err != nil {
+		return err
 	}
 	return n.sockets.Unused()
 }

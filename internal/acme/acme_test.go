@@ -443,6 +443,51 @@ func TestServerForgets(t *testing.T) {
 	}
 }
 
+// TestAccountIsLost renews a certificate that another account has: the server doesn't let this one replace it, and issues one all the same.
+func TestAccountIsLost(t *testing.T) {
+	b := newBench(t)
+	s := acmetest.Start(t, acmetest.Options{HTTPPort: b.httpPort, TLSPort: b.tlsPort})
+	b.with(s)
+	b.open()
+	stop := b.run()
+	first := b.issued()
+	stop()
+	accounts, err := filepath.Glob(filepath.Join(b.opts.Dir, "*", "account.json"))
+	if err != nil || len(accounts) != 1 {
+		t.Fatalf("the accounts are %q, %v", accounts, err)
+	}
+	if err := os.Remove(accounts[0]); err != nil {
+		t.Fatal(err)
+	}
+	s.Advise(time.Now().Add(-time.Hour), time.Now().Add(-time.Minute))
+	b.reopen()
+	b.run()
+	if second := b.issued(); second.Equal(first) {
+		t.Error("the certificate is the one before")
+	}
+}
+
+// TestServerForgetsWhatItIssued renews a certificate at a server that was set up anew.
+func TestServerForgetsWhatItIssued(t *testing.T) {
+	b := newBench(t)
+	o := acmetest.Options{Address: fmt.Sprintf("127.0.0.1:%d", acmetest.Ports(t, 1)[0]), HTTPPort: b.httpPort, TLSPort: b.tlsPort, Validity: 9 * time.Second}
+	before := acmetest.Start(t, o)
+	b.with(before)
+	b.open()
+	stop := b.run()
+	b.issued()
+	stop()
+	before.Close()
+	o.Validity = 0
+	b.with(acmetest.Start(t, o))
+	b.reopen()
+	b.run()
+	if e := b.event(); e.Err == nil || !strings.Contains(e.Err.Error(), "forgotten the account") {
+		t.Errorf("the first attempt: %+v", e)
+	}
+	b.issued()
+}
+
 // TestChallengeAfterChallenge closes one of the two ports: the other challenge is met, and tried first from then on.
 func TestChallengeAfterChallenge(t *testing.T) {
 	b := newBench(t)

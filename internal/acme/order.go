@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"time"
 
@@ -101,6 +102,11 @@ func (c *Client) order(ctx context.Context, client *acme.Client, registered acme
 		}
 	}
 	chains, err := flow.ObtainCertificate(ctx, params)
+	if params.Replaces != nil && refusedOrder(err) {
+		// The certificate may be of another account, or the server may not know of it any more.
+		params.Replaces = nil
+		chains, err = flow.ObtainCertificate(ctx, params)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -155,6 +161,12 @@ func failedValidation(err error) bool {
 		return validated
 	}
 	return false
+}
+
+// refusedOrder reports whether the server did not take an order, for another reason than that there were too many.
+func refusedOrder(err error) bool {
+	var problem acme.Problem
+	return errors.As(err, &problem) && !failedValidation(err) && problem.Status < http.StatusInternalServerError && problem.Type != acme.ProblemTypeRateLimited && !unknownAccount(err)
 }
 
 func unknownAccount(err error) bool {

@@ -12,6 +12,7 @@ import (
 	"net/textproto"
 	"reflect"
 	"sync"
+	"time"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humamux"
@@ -53,39 +54,50 @@ func (v View) Holdings(ctx context.Context) (Holdings, error) {
 	return Holdings{append([]bundle.Held{}, r.Images...)}, nil
 }
 
+// A Destination is where carried images go to.
+type Destination interface {
+	airgap.Destination
+	// TakeSent is Take for bytes that come over a network, as slowly as whoever sends them likes.
+	TakeSent(ctx context.Context, c fetch.Carried, open func() (io.Reader, error)) (fetch.Taken, error)
+}
+
+var _ Destination = (*fetch.Fetcher)(nil)
+
 // brings returns why the client may not bring an image, nil if it may.
-func (v View) brings(name string, pin bool) error {
-	if !v.May(access.Push, name) {
-		return v.refuse("bring images of " + name)
-	}
-	if pin && !v.May(access.Pin, name) {
-		return v.refuse("pin images of " + name)
+func (v View) brings(c fetch.Carried) error {
+	switch {
+	case !v.May(access.Push, c.Name):
+		return v.refuse("bring images of " + c.Name)
+	case c.Pin && !v.May(access.Pin, c.Name):
+		return v.refuse("pin images of " + c.Name)
+	case c.AllowOlder && !v.May(access.Admin, c.Name):
+		return v.refuse("let refs of " + c.Name + " go back to images that were signed earlier")
 	}
 	return nil
 }
 
 // Examine is [fetch.Fetcher.Examine] in the name of the client.
 func (v View) Examine(c fetch.Carried) (held bool, err error) {
-	if err := v.brings(c.Name, c.Pin); err != nil {
+	if err := v.brings(c); err != nil {
 		return false, err
 	}
 	return v.s.o.Destination.Examine(c)
 }
 
-// TakeIn is [fetch.Fetcher.Take] in the name of the client.
+// TakeIn is [fetch.Fetcher.TakeSent] in the name of the client.
 func (v View) TakeIn(ctx context.Context, c fetch.Carried, open func() (io.Reader, error)) (fetch.Taken, error) {
-	if err := v.brings(c.Name, c.Pin); err != nil {
+	if err := v.brings(c); err != nil {
 		return fetch.Taken{}, err
 	}
 	c.Client = v.who.name()
-	taken, err := v.s.o.Destination.Take(ctx, c, open)
+	taken, err := v.s.o.Destination.TakeSent(ctx, c, open)
 	taken.Record.Hashed = nil
 	return taken, err
 }
 
 // VerifyCarried is [fetch.Fetcher.Verify] in the name of the client.
 func (v View) VerifyCarried(ctx context.Context, c fetch.Carried, body io.Reader) error {
-	if err := v.brings(c.Name, c.Pin); err != nil {
+	if err := v.brings(c); err != nil {
 		return err
 	}
 	return v.s.o.Destination.Verify(ctx, c, body)
@@ -93,7 +105,7 @@ func (v View) VerifyCarried(ctx context.Context, c fetch.Carried, body io.Reader
 
 // Teach is [fetch.Fetcher.Teach] in the name of the client.
 func (v View) Teach(l airgap.Learned) (bool, error) {
-	if err := v.brings(l.Name, false); err != nil {
+	if err := v.brings(fetch.Carried{Name: l.Name}); err != nil {
 		return false, err
 	}
 	return v.s.o.Destination.Teach(l.Name, l.Templates)
@@ -143,7 +155,7 @@ func (s *Server) describeCarriage(a huma.API) {
 	})
 	register(s, a, huma.Operation{
 		OperationID: "examine-carried", Method: http.MethodPost, Path: "import/examine", Tags: []string{tagCarriage}, Summary: "Judge an image without its bytes", MaxBodyBytes: maxCarried,
-		Description: "By its name, its signature and the keys and policies here. Needs the right push for the name, and pin if it is to be pinned.",
+		Description: "By its name, its signature and the keys and policies here. Needs the right push for the name, pin if it is to be pinned, and admin if it may take refs back to what was signed earlier.",
 	}, func(v View, _ context.Context, in *struct{ Body fetch.Carried }) (Examined, error) {
 		held, err := v.Examine(in.Body)
 		return Examined{held}, err
@@ -157,14 +169,14 @@ func (s *Server) describeCarriage(a huma.API) {
 	})
 	huma.Register(a, huma.Operation{
 		OperationID: "import-image", Method: http.MethodPost, Path: api + "import/images", Tags: []string{tagCarriage}, Summary: "Bring an image",
-		Description: "Nothing that is said of it is believed: it goes through the check and the commit of an image that is fetched. The part image may be left out for an image that is held. Needs the right push for the name, and pin if it is to be pinned.",
+		Description: "Nothing that is said of it is believed: it goes through the check and the commit of an image that is fetched. The part image may be left out for an image that is held. Needs the right push for the name, pin if it is to be pinned, and admin if it may take refs back to what was signed earlier.",
 		Responses: map[string]*huma.Response{"200": {
 			Description: "OK", Content: map[string]*huma.MediaType{"application/json": {Schema: a.OpenAPI().Components.Schemas.Schema(reflect.TypeFor[fetch.Taken](), true, "Taken")}},
 		}},
 	}, func(_ context.Context, in *importInput) (*huma.StreamResponse, error) {
 		return &huma.StreamResponse{Body: func(ctx huma.Context) {
 			r, w := humamux.Unwrap(ctx)
-			taken, err := s.importImage(r, in.Verify)
+			taken, err := s.importImage(w, r, in.Verify)
 			if err != nil {
 				s.fail(w, r, err)
 				return
@@ -182,9 +194,17 @@ func (s *Server) describeCarriage(a huma.API) {
 }
 
 // importImage takes in the image that is in the body of a request.
-func (s *Server) importImage(r *http.Request, verify bool) (taken fetch.Taken, err error) {
+func (s *Server) importImage(w http.ResponseWriter, r *http.Request, verify bool) (taken fetch.Taken, err error) {
 	ctx, done := s.listening(r.Context())
 	defer done()
+	body := &patientBody{r.Body, http.NewResponseController(w), s.o.Stall}
+	r.Body = body
+	defer func() {
+		// After an error there may be more to read, which isn't waited for without end either.
+		if err == nil {
+			body.patience(0)
+		}
+	}()
 	parts, err := r.MultipartReader()
 	if err != nil {
 		return taken, invalidBody(err)
@@ -194,7 +214,7 @@ func (s *Server) importImage(r *http.Request, verify bool) (taken fetch.Taken, e
 		return taken, err
 	}
 	v := s.ViewOf(ctx)
-	if err := v.brings(c.Name, c.Pin); err != nil {
+	if err := v.brings(c); err != nil {
 		return taken, err
 	}
 	open := func() (io.Reader, error) {
@@ -220,6 +240,28 @@ func (s *Server) importImage(r *http.Request, verify bool) (taken fetch.Taken, e
 	taken, err = v.TakeIn(ctx, c, open)
 	drain(ctx, r, err)
 	return taken, err
+}
+
+// patientBody is what a client sends, within the patience for one that does nothing.
+type patientBody struct {
+	io.ReadCloser
+	c     *http.ResponseController
+	stall time.Duration
+}
+
+// Read implements io.Reader.
+func (b *patientBody) Read(p []byte) (int, error) {
+	b.patience(b.stall)
+	return b.ReadCloser.Read(p)
+}
+
+// patience is how long the next bytes may take from now on; 0 is as long as they like.
+func (b *patientBody) patience(d time.Duration) {
+	var deadline time.Time
+	if d > 0 {
+		deadline = time.Now().Add(d)
+	}
+	_ = b.c.SetReadDeadline(deadline) // what can't have one, as in a test, has none
 }
 
 // drain reads what a client still sends, so that it gets to reading why that isn't wanted.

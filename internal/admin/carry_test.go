@@ -1,18 +1,24 @@
 package admin
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache/cachetest"
+	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
@@ -88,7 +94,7 @@ func TestImagesAreExported(t *testing.T) {
 	if _, err := sc.client.Take(t.Context(), c, func() (io.Reader, error) { return bytes.NewReader(b), nil }); err != nil {
 		t.Fatal(err)
 	}
-	if wanted, err := sc.client.Teach(c.Name, nil); err != nil || !wanted {
+	if wanted, err := sc.client.Teach(c.Name, []discovery.Template{{Prefix: "example.com", URL: "https://example.com/{name}.{ext}"}}); err != nil || !wanted {
 		t.Errorf("Teach = %v, %v", wanted, err)
 	}
 	cargo, err := sc.client.Export(t.Context(), airgap.Choice{Refs: c.Refs})
@@ -207,6 +213,45 @@ func TestBodiesThatBringNothing(t *testing.T) {
 	}
 }
 
+// TestWhoStopsSending sends the half of an image and nothing more: it is told so, and not waited for.
+func TestWhoStopsSending(t *testing.T) {
+	sc := newScene(t, []access.Rule{{May: map[access.Right][]string{access.Push: {"ci"}}}}, 0)
+	c, b := carried(t, 100_000)
+	said, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := form(partCarried, string(said), partImage, string(b))
+	u, err := url.Parse(sc.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("tcp", u.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	_, err = fmt.Fprintf(conn, "POST /api/v1/import/images HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s",
+		u.Host, sc.tokens["ci"], formType, len(body), body[:len(body)/2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatalf("it is not told anything: %v", err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode < 400 {
+		t.Errorf("it gets %s", resp.Status)
+	}
+	if usage, err := sc.store.Usage(); err != nil || usage.Partials != 0 {
+		t.Errorf("%d bytes are left of it, %v", usage.Partials, err)
+	}
+}
+
 func TestWhoMayBring(t *testing.T) {
 	sc := newScene(t, []access.Rule{
 		{Prefix: "example.com", May: map[access.Right][]string{access.Read: {"node"}, access.Push: {"ci"}}},
@@ -224,11 +269,12 @@ func TestWhoMayBring(t *testing.T) {
 	}
 	plain := said(func(*fetch.Carried) {})
 	pinned := said(func(c *fetch.Carried) { c.Pin = true })
+	back := said(func(c *fetch.Carried) { c.AllowOlder = true })
 	elsewhere := said(func(c *fetch.Carried) { c.Name = "secret.example.com/brought"; c.Refs = nil })
 	for _, tt := range []struct {
 		who, said string
 		want      int
-	}{{"", plain, 401}, {"node", plain, 403}, {"ci", pinned, 403}, {"ci", elsewhere, 403}, {"ci", plain, 200}} {
+	}{{"", plain, 401}, {"node", plain, 403}, {"ci", pinned, 403}, {"ci", back, 403}, {"ci", elsewhere, 403}, {"ci", plain, 200}} {
 		for path, body := range map[string][2]string{"examine": {tt.said, "application/json"}, "images": {form(partCarried, tt.said, partImage, string(b)), formType}, "images?verify=true": {form(partCarried, tt.said, partImage, string(b)), formType}} {
 			if resp, text := sc.ask(tt.who, "POST", "/api/v1/import/"+path+" "+body[0], "Content-Type", body[1]); resp.StatusCode != tt.want {
 				t.Errorf("%q gets %d from %s, want %d: %s", tt.who, resp.StatusCode, path, tt.want, text)

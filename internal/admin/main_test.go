@@ -132,7 +132,7 @@ func newScene(t *testing.T, rules []access.Rule, methods access.Method) *scene {
 	f := sc.fetcher(keyring)
 	sc.s = New(Options{
 		Warm:   sc.warm(f),
-		Origin: airgap.Store{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Keyring: func() *trust.Keyring { return keyring }}, Destination: f,
+		Origin: airgap.Store{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Keyring: func() *trust.Keyring { return keyring }}, Destination: f, Stall: time.Second,
 		Store: Judged{Disk: sc.store, Judge: func(rec cache.Record) cache.Record { return rec }, Did: sc.done, Missed: asked, Knows: func(string) bool { return false }},
 		Guard: access.New(access.Config{Tokens: tokens, Rules: rules}), Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") }),
 		Flights: func() []fetch.FlightState {

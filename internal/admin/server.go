@@ -44,7 +44,8 @@ type Options struct {
 
 	// Origin and Destination are where carried images come from and go to.
 	Origin      airgap.Origin
-	Destination airgap.Destination
+	Destination Destination
+	Stall       time.Duration // how long a client that brings an image may send nothing; 0 means DefaultStall
 
 	// Discover asks an image's publisher where it keeps the image and its keys.
 	Discover func(context.Context, acproxy.Ref) (Discovered, error)
@@ -71,6 +72,9 @@ type Options struct {
 	Now func() time.Time // nil means time.Now
 	Log *slog.Logger     // nil means slog.Default
 }
+
+// DefaultStall is the default of Options.Stall.
+const DefaultStall = 5 * time.Minute
 
 // A Change is a key of the configuration that has another value since.
 type Change struct {
@@ -99,6 +103,9 @@ func New(o Options) *Server {
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()
+	}
+	if o.Stall == 0 {
+		o.Stall = DefaultStall
 	}
 	s := &Server{o: o}
 	s.ctx, s.cancel = context.WithCancel(context.Background())

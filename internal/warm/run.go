@@ -96,7 +96,8 @@ type task struct {
 	alone    bool
 	platform Platform
 	wants    []want
-	result   *Result // nil until it is done
+	result   *Result       // nil until it is done
+	rec      *cache.Record // of the image, once it is done; nil if nothing is known of what it depends on
 }
 
 // want is what another image's manifest says of one that it depends on.
@@ -207,6 +208,13 @@ func (r *Run) refs(ctx context.Context, e Entry) ([]acproxy.Ref, error) {
 
 // add has an image be fetched, unless it is known of already.
 func (r *Run) add(t *task) {
+	if before := r.enter(t); before != nil {
+		r.addDependencies(before, *before.rec)
+	}
+}
+
+// enter notes an image that is to be fetched. If it was fetched already, without what it depends on, and that is wanted only now, it returns it.
+func (r *Run) enter(t *task) (before *task) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before, ok := r.known[t.ref]
@@ -214,7 +222,7 @@ func (r *Run) add(t *task) {
 	case ok && before.result == nil:
 		before.pin, before.alone = before.pin || t.pin, before.alone && t.alone
 		before.wants = append(before.wants, t.wants...)
-		return
+		return nil
 	case ok:
 		// What it turned out to be may not be what this one needs.
 		if err := mismatch(t.wants, *before.result); err != nil {
@@ -223,7 +231,11 @@ func (r *Run) add(t *task) {
 			again.Needed, again.Where, again.Took = t.needed, "", 0
 			r.told(failure(again, err))
 		}
-		return
+		if before.alone && !t.alone && before.rec != nil {
+			before.alone = false
+			return before
+		}
+		return nil
 	case r.order >= r.MaxImages:
 		if !r.full {
 			r.full = true
@@ -232,7 +244,7 @@ func (r *Run) add(t *task) {
 				Kind: acproxy.ErrInvalid, Code: "too-many-images", Detail: fmt.Sprintf("there are more than %d images: what is left of them is left out (warm.max_images)", r.MaxImages),
 			}))
 		}
-		return
+		return nil
 	}
 	r.order++
 	r.known[t.ref] = t
@@ -240,6 +252,7 @@ func (r *Run) add(t *task) {
 	if r.changed != nil {
 		r.changed.Signal()
 	}
+	return nil
 }
 
 // told tells of a result. The caller holds the mutex.
@@ -308,15 +321,30 @@ func (r *Run) do(ctx context.Context, t *task) {
 		r.left()
 		return
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	// Who needs it, too, may say so at any time until its result is there.
+	for pinned, added := r.DryRun || err != nil || res.Pinned, rec == nil; ; {
+		switch {
+		case t.pin && !pinned:
+			pinned = true
+			err = r.aside(func() error { return r.Pin(ctx, rec.Digest) })
+			if res.Pinned = err == nil; err != nil {
+				err = fmt.Errorf("pinning it: %w", err)
+			}
+			continue
+		case !t.alone && !added:
+			added = true
+			_ = r.aside(func() error { r.addDependencies(t, *rec); return nil })
+			continue
+		}
+		break
+	}
 	if err != nil {
 		res = failure(res, err)
 	}
 	res.Took = time.Since(began)
-	if rec != nil && !t.alone {
-		r.addDependencies(t, *rec)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	t.rec = rec
 	if err := mismatch(t.wants, res); err != nil && res.Outcome != Failed {
 		res = failure(res, err)
 	}
@@ -324,6 +352,13 @@ func (r *Run) do(ctx context.Context, t *task) {
 	r.busy--
 	r.told(res)
 	r.changed.Broadcast()
+}
+
+// aside does something without the mutex, which the caller holds.
+func (r *Run) aside(do func() error) error {
+	r.mu.Unlock()
+	defer r.mu.Lock()
+	return do()
 }
 
 // one fetches one image. rec is nil if nothing is known of what it depends on.
@@ -345,12 +380,6 @@ func (r *Run) one(ctx context.Context, t *task) (res Result, rec *cache.Record, 
 		return res, nil, err
 	}
 	res.Digest, res.ImageID, res.Size, res.Pinned = rec.Digest, rec.ImageID, rec.Size, rec.Pinned
-	if t.pin && !rec.Pinned {
-		if err := r.Pin(ctx, rec.Digest); err != nil {
-			return res, rec, fmt.Errorf("pinning it: %w", err)
-		}
-		res.Pinned = true
-	}
 	return res, rec, nil
 }
 

@@ -189,6 +189,18 @@ func TestDependencies(t *testing.T) {
 		"fetched example.com/arm:1,arch=aarch64,os=linux", "fetched example.com/base:1,arch=aarch64,os=linux for example.com/arm:1,arch=aarch64,os=linux")
 }
 
+// TestNeededAfterAll has a list want an image without what it depends on, and another image need it: that is fetched after all, whichever is done first.
+func TestNeededAfterAll(t *testing.T) {
+	for workers := range 3 {
+		s := newScene(t)
+		s.publish("example.com/leaf", "1", nil)
+		s.publish("example.com/base", "1", nil, acitest.Dependency{Name: "example.com/leaf", Labels: map[string]string{"version": "1"}})
+		s.publish("example.com/app", "1", nil, acitest.Dependency{Name: "example.com/base", Labels: map[string]string{"version": "1"}})
+		wantLines(t, s.run(&Run{Workers: workers + 1}, Entry{Image: "example.com/base:1", Alone: true, Pin: true}, Entry{Image: "example.com/app:1"}),
+			"fetched example.com/base:1"+amd64+" pinned", "fetched example.com/app:1"+amd64, "fetched example.com/leaf:1"+amd64+" for example.com/base:1"+amd64)
+	}
+}
+
 func TestDepthAndNumberAreBounded(t *testing.T) {
 	s := newScene(t)
 	for i := range 5 {

@@ -3,6 +3,7 @@ package web
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -51,15 +52,28 @@ func (n *named) route() *route {
 
 // RoundTrip asks for one URL. It returns an error matching [acproxy.ErrOffline] or [acproxy.ErrRefused] where nobody may be asked.
 func (n *named) RoundTrip(r *http.Request) (*http.Response, error) {
-	by := n.route()
-	asked, err := n.request(by, r)
-	if err != nil {
-		if r.Body != nil {
-			_ = r.Body.Close() // as http.RoundTripper has it
+	for {
+		by := n.route()
+		asked, err := n.request(by, r)
+		if err != nil {
+			if r.Body != nil {
+				_ = r.Body.Close() // as http.RoundTripper has it
+			}
+			return nil, err
 		}
-		return nil, err
+		resp, err := by.transport.RoundTrip(asked)
+		if !errors.Is(err, errReplaced) || r.Body != nil && r.GetBody == nil {
+			return resp, err
+		}
+		// Nothing was sent, as there was no connection.
+		if r.GetBody != nil {
+			again := r.Clone(r.Context())
+			if again.Body, err = r.GetBody(); err != nil {
+				return nil, err
+			}
+			r = again
+		}
 	}
-	return by.transport.RoundTrip(asked)
 }
 
 // request returns a request that says how it may be connected, or why nobody may be asked.
