@@ -82,6 +82,20 @@ func (w *warden) note(e cache.Eviction) {
 	w.told = make(chan struct{})
 }
 
+// count returns how many evictions there were.
+func (w *warden) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.evicted)
+}
+
+// said returns what was evicted.
+func (w *warden) said() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return said(w.evicted)
+}
+
 // until waits for evictions until something is so.
 func (w *warden) until(what string, ok func() bool) {
 	w.t.Helper()
@@ -426,9 +440,7 @@ func TestWatermarks(t *testing.T) {
 	w.commit(image("last", 1*mib))
 	w.until("no more than half is taken", func() bool {
 		u := w.usage()
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return u.Total()+u.Promised <= 10*mib && int(u.Images)+len(w.evicted) == 15
+		return u.Total()+u.Promised <= 10*mib && int(u.Images)+w.count() == 15
 	})
 	if gone := w.gone(); gone != "app0 app1 app2 app3 app4 app5 app6" {
 		t.Errorf("evicted was %s", gone)
@@ -446,9 +458,7 @@ func TestSetQuota(t *testing.T) {
 		t.Helper()
 		w.until(fmt.Sprintf("no more than %d are taken", most), func() bool {
 			u := w.usage()
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			return u.Total()+u.Promised <= most && u.Images == images && u.Images+int64(len(w.evicted)) == 14
+			return u.Total()+u.Promised <= most && u.Images == images && u.Images+int64(w.count()) == 14
 		})
 	}
 	w.SetQuota(cache.Quota{MaxSize: 20 * mib, High: 80, Low: 50, Grace: -1})
@@ -1107,9 +1117,7 @@ func TestSomebodyElseFillsTheDisk(t *testing.T) {
 	w.commit(image("b", mib))
 	free.Store(49 * mib)
 	w.until("both are evicted", func() bool {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return said(w.evicted) == "a b"
+		return w.said() == "a b"
 	})
 }
 
