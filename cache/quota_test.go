@@ -496,7 +496,7 @@ func TestSetQuotaWithinTheGrace(t *testing.T) {
 	}
 	left := func(images int64) {
 		t.Helper()
-		w.until(fmt.Sprintf("%d images are left", images), func() bool { return w.usage().Images == images })
+		w.until(fmt.Sprintf("%d images are left", images), func() bool { return w.usage().Images == images && w.count() == 10-int(images) })
 	}
 	w.SetQuota(cache.Quota{MaxSize: 16 * mib, High: 50, Low: 50, Grace: 12 * time.Minute})
 	time.Sleep(50 * time.Millisecond) // it looks at them some times, and lets them be
