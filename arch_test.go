@@ -53,7 +53,8 @@ var layers = map[string][]string{
 	"internal/acpush":      {".", "internal/problem"},
 	"internal/credentials": {".", "internal/reread"},
 	"internal/access":      {".", "internal/durable", "internal/memo", "internal/reread"},
-	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/acpush", "internal/memo", "internal/problem", "internal/tracing"},
+	"internal/oci":         {".", "cache", "fetch", "internal/aci", "internal/durable", "internal/memo"},
+	"internal/server":      {".", "discovery", "trust", "fetch", "internal/access", "internal/aci", "internal/acpush", "internal/memo", "internal/oci", "internal/problem", "internal/tracing"},
 	"internal/journal":     {"fetch"},
 	"internal/admin":       {".", "cache", "discovery", "fetch", "trust", "internal/access", "internal/airgap", "internal/bundle", "internal/history", "internal/journal", "internal/listen", "internal/missing", "internal/problem", "internal/warm", "internal/web"},
 	"internal/airgap":      {".", "cache", "discovery", "fetch", "trust", "internal/bundle", "internal/durable"},
@@ -63,7 +64,7 @@ var layers = map[string][]string{
 
 	// Demo and drill play publisher and node.
 	"cmd/acproxy": {
-		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/acme", "internal/acpush", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/page", "internal/reread", "internal/server", "internal/tracing", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/missing", "internal/warm",
+		".", "discovery", "trust", "cache", "fetch", "internal/web", "internal/aci", "internal/acme", "internal/acpush", "internal/audit", "internal/localca", "internal/config", "internal/access", "internal/credentials", "internal/history", "internal/journal", "internal/listen", "internal/oci", "internal/page", "internal/reread", "internal/server", "internal/tracing", "internal/admin", "internal/airgap", "internal/bundle", "internal/durable", "internal/missing", "internal/warm",
 		"internal/metrics", "internal/aci/acitest", "trust/trusttest", "test/publisher", "test/node",
 	},
 
@@ -100,6 +101,7 @@ var reserved = map[string][]string{
 	"golang.org/x/mod":                 {"internal/bundle"},
 	"github.com/coreos/go-systemd":     {"internal/listen"},
 	"go.opentelemetry.io/otel":         {"internal/tracing"},
+	"github.com/opencontainers":        {"internal/oci"},
 	// The reference client compares discovery with ours in tests, and plays the node.
 	"github.com/appc/spec/discovery": {},
 }

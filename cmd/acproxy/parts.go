@@ -32,6 +32,7 @@ import (
 	"github.com/acproxy/acproxy/internal/localca"
 	"github.com/acproxy/acproxy/internal/metrics"
 	"github.com/acproxy/acproxy/internal/missing"
+	"github.com/acproxy/acproxy/internal/oci"
 	"github.com/acproxy/acproxy/internal/warm"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
@@ -275,7 +276,8 @@ type parts struct {
 	journal *journal.Journal
 	history *history.History
 	metrics *metrics.Metrics
-	warm    *warm.Jobs // nil until it is opened
+	warm    *warm.Jobs  // nil until it is opened
+	oci     *oci.Bridge // nil if there is none
 	missing *missing.Table
 	lost    chan struct{} // says that an image was found to be lost since somebody last looked
 }
@@ -428,6 +430,24 @@ func (p *parts) openWarm(dir string, lists []warm.Listed) (err error) {
 	return err
 }
 
+// openOCI has images be had as OCI images. What was made is written down in a directory.
+func (p *parts) openOCI(dir string) (err error) {
+	c := p.cfg.OCI
+	var platforms []oci.Platform
+	for i, text := range c.Platforms {
+		platform, err := oci.ParsePlatform(text)
+		if err != nil {
+			return fmt.Errorf("oci.platforms[%d]: %w", i, err)
+		}
+		platforms = append(platforms, platform)
+	}
+	p.oci, err = oci.New(oci.Config{
+		Fetcher: p.fetcher, Store: p.store, Dir: dir, Platforms: platforms, Wait: time.Duration(c.Wait), Parallel: c.Parallel, Limits: limits(p.cfg),
+		Converted: p.metrics.Converted, Log: p.log,
+	})
+	return err
+}
+
 // warmLists returns the lists that are fetched by a schedule.
 func warmLists(cfg *config.Config) []warm.Listed {
 	var lists []warm.Listed
@@ -440,6 +460,9 @@ func warmLists(cfg *config.Config) []warm.Listed {
 // close closes what was opened, in the reverse order.
 func (p *parts) close() error {
 	var errs []error
+	if p.oci != nil {
+		errs = append(errs, p.oci.Close())
+	}
 	if p.fetcher != nil {
 		errs = append(errs, p.fetcher.Close())
 	}

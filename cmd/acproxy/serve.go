@@ -167,6 +167,11 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 		cancel()
 		return err
 	}
+	if cfg.OCI.Enabled {
+		if err := n.parts.openOCI(filepath.Join(cfg.DataDir, "oci")); err != nil {
+			return err
+		}
+	}
 	n.server = server.New(n.serverConfig(cfg, log, access))
 	n.parts.metrics.Uploads(n.server.Uploads)
 	n.stopWork = cancel
@@ -404,7 +409,7 @@ func warnOfKeys(keyring *trust.Keyring, log *slog.Logger) {
 
 func (n *running) serverConfig(cfg *config.Config, log *slog.Logger, access func(server.Access)) server.Config {
 	out := server.Config{
-		Fetcher: n.parts.fetcher, Keyring: n.parts.keys.Current, Guard: n.parts.guard, Ready: n.parts.ready, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
+		Fetcher: n.parts.fetcher, OCI: n.parts.oci, Keyring: n.parts.keys.Current, Guard: n.parts.guard, Ready: n.parts.ready, MaxAge: time.Duration(cfg.Freshness.MaxAge), TTL: time.Duration(cfg.Freshness.TTL),
 		Via: n.parts.via, Tunnel: cfg.Proxy.Tunnel, Dial: n.parts.web.Dial, Access: n.answered(access), Traces: n.traces, Log: log,
 		Patience: server.Patience{
 			Header: time.Duration(cfg.Clients.HeaderTimeout), Idle: time.Duration(cfg.Clients.IdleTimeout), Stall: time.Duration(cfg.Clients.StallTimeout),

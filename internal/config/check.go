@@ -50,6 +50,7 @@ func (c *Config) check(r *report) {
 	c.checkPublishers(r)
 	positive(r, "push.max_uploads", c.Push.MaxUploads, Default().Push.MaxUploads)
 	positive(r, "push.timeout", c.Push.Timeout, Default().Push.Timeout)
+	c.checkOCI(r)
 	c.checkPaths(r)
 	notNegative(r, "stop_grace", c.StopGrace)
 	notNegative(r, "log.access_flush", c.Log.AccessFlush)
@@ -562,6 +563,23 @@ func (c *Config) checkWarm(r *report) {
 			}
 		}
 		notNegative(r, path+".jitter", l.Jitter)
+	}
+}
+
+// checkOCI checks how images are had as OCI images.
+func (c *Config) checkOCI(r *report) {
+	positive(r, "oci.wait", c.OCI.Wait, Default().OCI.Wait)
+	if c.OCI.Parallel < 0 && !r.broken("oci.parallel") {
+		r.value("oci.parallel", "%d is no number of images: write how many are read at once, or 0 for half as many as there are processors", c.OCI.Parallel)
+	}
+	if len(c.OCI.Platforms) == 0 && !r.broken("oci.platforms") {
+		r.value("oci.platforms", "there is no platform: write those of the nodes, as in [linux/amd64]")
+	}
+	for i, platform := range c.OCI.Platforms {
+		os, arch, ok := strings.Cut(platform, "/")
+		if !ok || os == "" || arch == "" || strings.Contains(arch, "/") {
+			r.value(index("oci.platforms", i), "%q is no platform: write os/arch in appc's words, as in linux/amd64 or linux/aarch64", clip(platform))
+		}
 	}
 }
 

@@ -150,6 +150,9 @@ type Config struct {
 	// How images are received that are published here, under prefixes with publisher: local.
 	Push Push `yaml:"push"`
 
+	// How containerd, CRI-O and podman have the images as OCI images, at the same addresses.
+	OCI OCI `yaml:"oci"`
+
 	// How much is kept, and what goes when there is too little space.
 	Cache Cache `yaml:"cache"`
 
@@ -603,6 +606,21 @@ type Push struct {
 	Timeout Duration `yaml:"timeout"`
 }
 
+// OCI is how images are had as OCI images.
+type OCI struct {
+	// Whether the OCI distribution API (/v2/) is there at all.
+	Enabled bool `yaml:"enabled"`
+
+	// Platforms, as os/arch in appc's words, that an image is looked for under a tag. With several, a tag stands for an index of those that there is an image for.
+	Platforms []string `yaml:"platforms"`
+
+	// For how long a client is kept waiting for an image to arrive and to be converted. After that it is told to come back (503); the work goes on.
+	Wait Duration `yaml:"wait"`
+
+	// Images that are read at once to find out what their layers are called. 0 is half as many as there are processors.
+	Parallel int `yaml:"parallel"`
+}
+
 // Cache is how much is kept.
 type Cache struct {
 	// How much space the store may take: images, what is arriving, signatures, index and all. It is never exceeded: space is reserved
@@ -868,6 +886,11 @@ func Default() Config {
 		Push: Push{
 			MaxUploads: 16,
 			Timeout:    minutes(60),
+		},
+		OCI: OCI{
+			Enabled:   true,
+			Platforms: []string{"linux/amd64"},
+			Wait:      minutes(5),
 		},
 		Cache: Cache{
 			MinFree:      1 * GiB,

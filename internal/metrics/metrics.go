@@ -3,11 +3,13 @@ package metrics
 
 import (
 	"net/http"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/trust"
@@ -26,6 +28,8 @@ type Metrics struct {
 	requests    *requests
 	pushes      *prometheus.CounterVec
 	pushed      prometheus.Counter
+	layers      *prometheus.HistogramVec
+	layerBytes  prometheus.Counter
 	orders      *prometheus.CounterVec
 }
 
@@ -71,6 +75,15 @@ func New(version string) *Metrics {
 			Name: "acproxy_push_received_bytes_total",
 			Help: "Bytes of images that were uploaded.",
 		}),
+		layers: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "acproxy_oci_layer_seconds",
+			Help:    "Time that reading an image took to find out what its OCI layer is called, by outcome (made, or the code of the error).",
+			Buckets: []float64{.01, .1, .5, 1, 5, 15, 60, 300},
+		}, []string{"outcome"}),
+		layerBytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "acproxy_oci_layer_bytes_total",
+			Help: "Bytes of the OCI layers that acproxy_oci_layer_seconds counts.",
+		}),
 		orders: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "acproxy_acme_orders_total",
 			Help: "Attempts to have a certificate issued by the ACME server, by outcome (issued, failed).",
@@ -79,6 +92,7 @@ func New(version string) *Metrics {
 	m.orders.WithLabelValues("issued")
 	m.orders.WithLabelValues("failed")
 	m.pushes.WithLabelValues("published")
+	m.layers.WithLabelValues("made")
 	m.flights.WithLabelValues("kept")
 	for _, outcome := range []string{"held", "fetched", "failed"} {
 		m.warmed.WithLabelValues(outcome)
@@ -99,7 +113,7 @@ func New(version string) *Metrics {
 		Name: "acproxy_build_info", Help: "Which acproxy this is; always 1.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	info.Set(1)
-	m.registry.MustRegister(m.orders, m.pushes, m.pushed, m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.warmed, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m.orders, m.layers, m.layerBytes, m.pushes, m.pushed, m.decisions, m.rktRefusals, m.distrusted, m.evictions, m.evicted, m.flights, m.warmed, m.requests.answered, m.requests.bytes, m.requests.firstByte, info, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -115,6 +129,18 @@ func (m *Metrics) Decided(d fetch.Decision) {
 func (m *Metrics) Evicted(e cache.Eviction) {
 	m.evictions.WithLabelValues(e.Kind, e.Reason).Inc()
 	m.evicted.WithLabelValues(e.Kind, e.Reason).Add(float64(e.Bytes))
+}
+
+// Converted counts an OCI layer of so many bytes that was made, or wasn't, and how long that took.
+func (m *Metrics) Converted(bytes int64, took time.Duration, err error) {
+	m.layerBytes.Add(float64(bytes))
+	outcome := "made"
+	if err != nil {
+		if outcome = acproxy.Code(err); outcome == "" {
+			outcome = "error"
+		}
+	}
+	m.layers.WithLabelValues(outcome).Observe(took.Seconds())
 }
 
 // Pushed counts an upload that has ended and, with "" as its outcome, bytes of images that came.

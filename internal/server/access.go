@@ -147,7 +147,9 @@ func (s *Server) challenge(w http.ResponseWriter, r *http.Request, wrong error, 
 	if auth&access.Basic != 0 {
 		w.Header().Add(field, `Basic realm="acproxy", charset="UTF-8"`)
 	}
-	if auth&access.Bearer != 0 {
+	if auth&access.Bearer != 0 && (auth&access.Basic == 0 || !s.isOCI(r, nil)) {
+		// Clients of the OCI distribution API prefer it, and take the realm for the URL of a server that gives tokens. A token that they have they show as a
+		// password.
 		w.Header().Add(field, `Bearer realm="acproxy"`)
 	}
 	if wrong != nil {

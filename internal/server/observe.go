@@ -34,11 +34,14 @@ const (
 	KindSignature = "signature"
 	KindImage     = "image"
 	KindPush      = "push" // what is about an upload
+	KindOCI       = "oci"  // of the OCI distribution API
 	KindOther     = "other"
 )
 
 // Kinds are the kinds of what is asked for.
-func Kinds() []string { return []string{KindPage, KindSignature, KindImage, KindPush, KindOther} }
+func Kinds() []string {
+	return []string{KindPage, KindSignature, KindImage, KindPush, KindOCI, KindOther}
+}
 
 // kindOf returns the kind of what an extension stands for.
 func kindOf(ext string) string {

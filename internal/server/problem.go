@@ -35,6 +35,12 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		h.Set("Retry-After", strconv.Itoa(int(e.RetryAfter.Seconds()+0.999)))
 	}
 	var body []byte
+	if s.isOCI(r, nil) && !toProxy(r) {
+		o, _ := readOCI(r)
+		h.Set("Content-Type", "application/json")
+		s.answer(w, r, p.Status, ociProblem(o.kind, p))
+		return
+	}
 	switch preferred(r.Header.Get("Accept")) {
 	case "text/html":
 		h.Set("Content-Type", "text/html; charset=utf-8")
@@ -46,8 +52,13 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 		h.Set("Content-Type", problem.ContentType)
 		body = p.JSON()
 	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(p.Status)
+	s.answer(w, r, p.Status, body)
+}
+
+// answer sends what is short.
+func (*Server) answer(w http.ResponseWriter, r *http.Request, status int, body []byte) {
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
 	if r.Method != http.MethodHead {
 		_, err := w.Write(body)
 		_ = gone(err)

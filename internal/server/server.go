@@ -21,6 +21,7 @@ import (
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/memo"
+	"github.com/acproxy/acproxy/internal/oci"
 	"github.com/acproxy/acproxy/internal/problem"
 	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/trust"
@@ -34,6 +35,9 @@ const Root = "/.acproxy/"
 type Config struct {
 	Fetcher *fetch.Fetcher
 	Keyring func() *trust.Keyring // the keys as they are now
+
+	// OCI answers the OCI distribution API. nil means that there is none.
+	OCI *oci.Bridge
 
 	Guard *access.Guard // decides who may have what; nil means that everybody may have everything
 
@@ -179,6 +183,7 @@ func (s *Server) routes() *mux.Router {
 	handle(router.MatcherFunc(under(imagesPath)), get(s.image))
 	handle(router.MatcherFunc(isDiscovery), get(s.discovery))
 	handle(router.MatcherFunc(under(mesosPath)), get(s.mesos))
+	handle(router.MatcherFunc(s.isOCI), get(s.oci))
 	handle(router.MatcherFunc(under(keysPath)), get(s.key))
 	handle(router.MatcherFunc(under(PushPath)), s.push)
 	handle(router.Path(Root+"ca.pem"), get(s.caCertificate))

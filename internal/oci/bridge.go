@@ -1,0 +1,599 @@
+// Package oci answers for appc images as OCI images, so that containerd, CRI-O and podman can pull what rkt nodes fetch.
+package oci
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/appc/spec/schema"
+	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/fetch"
+	"github.com/acproxy/acproxy/internal/aci"
+	"github.com/acproxy/acproxy/internal/durable"
+	"github.com/acproxy/acproxy/internal/memo"
+)
+
+// Config is what a Bridge works with. Its fields may not change after New.
+type Config struct {
+	Fetcher *fetch.Fetcher
+	Store   cache.Store
+	// Dir is the directory in which is written down what was made, a few kilobytes for each image. "" forgets it at the end.
+	Dir       string
+	Platforms []Platform    // what images are looked for under a tag; none means DefaultPlatform
+	Wait      time.Duration // for how long a client is kept waiting for an image to arrive and to be converted; 0 means DefaultWait
+	Parallel  int           // images that are converted at once; 0 means half as many as there are processors
+	Limits    aci.Limits
+	// Converted is told of every layer that was made: how many bytes it has, and how long that took. nil means nobody is told.
+	Converted func(bytes int64, took time.Duration, err error)
+
+	FS  durable.FS       // nil means the operating system's
+	Log *slog.Logger     // nil means slog.Default
+	Now func() time.Time // nil means time.Now
+}
+
+// Defaults of a [Config].
+const (
+	DefaultWait = 5 * time.Minute
+)
+
+// DefaultPlatform is what images are looked for.
+func DefaultPlatform() Platform { return Platform{"linux", "amd64"} }
+
+// A Bridge makes OCI images of appc images: of each image that one is rendered from (appc specification, "Dependency Matching") a layer. What it answers is a
+// function of the bytes that were signed, so that the digests that nodes know stay true, here and in another acproxy. It is safe for concurrent use.
+//
+// A layer is not kept: it is written anew out of the image for everybody who asks for it. What it takes to know its digest, reading all of the image once, is
+// done once, for everybody who waits for it, and remembered.
+type Bridge struct {
+	cfg Config
+	log *slog.Logger
+	now func() time.Time
+
+	flights singleflight.Group // by the key of a layer or of an image
+	turns   chan struct{}      // one for each layer that is being made
+
+	docs      *memo.Memo[string, *made]             // by key
+	failures  *memo.Memo[string, error]             // by layerKey, of those that never will be made
+	manifests *memo.Memo[acproxy.Digest, *rendered] // by the digest of the image
+
+	loaded chan struct{} // closed once it is known what was made before
+
+	mu       sync.Mutex
+	made     map[string]bool // by key
+	byDigest map[acproxy.Digest][]string
+	layers   map[string]descriptor // by layerKey
+	unkept   map[string]*made      // by key, what could not be written down
+
+	// ctx is the life of what is being made, which doesn't end with who asked for it. Close cancels it and waits for work.
+	ctx    context.Context
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+}
+
+// New returns a Bridge. Close ends what it has in progress.
+func New(cfg Config) (*Bridge, error) {
+	b := &Bridge{cfg: cfg, log: cfg.Log, now: cfg.Now, loaded: make(chan struct{}), made: make(map[string]bool), byDigest: make(map[acproxy.Digest][]string), layers: make(map[string]descriptor), unkept: make(map[string]*made)}
+	if b.log == nil {
+		b.log = slog.Default()
+	}
+	if b.now == nil {
+		b.now = time.Now
+	}
+	if b.cfg.FS == nil {
+		b.cfg.FS = durable.OS{}
+	}
+	if len(cfg.Platforms) == 0 {
+		b.cfg.Platforms = []Platform{DefaultPlatform()}
+	}
+	if cfg.Wait == 0 {
+		b.cfg.Wait = DefaultWait
+	}
+	if cfg.Parallel == 0 {
+		b.cfg.Parallel = max(1, runtime.GOMAXPROCS(0)/2)
+	}
+	b.turns = make(chan struct{}, b.cfg.Parallel)
+	b.docs, b.manifests = memo.New[string, *made](maxDocs), memo.New[acproxy.Digest, *rendered](maxManifests)
+	b.failures = memo.New[string, error](maxDocs)
+	var files []fs.DirEntry
+	if cfg.Dir != "" {
+		var err error
+		if files, err = os.ReadDir(cfg.Dir); errors.Is(err, fs.ErrNotExist) {
+			err = b.cfg.FS.MkdirAll(cfg.Dir, dirPerm)
+		}
+		if err != nil {
+			// What can't be written down is remembered as long as the process lives.
+			b.log.Warn("what OCI images are made can't be written down", "dir", cfg.Dir, "err", err)
+		}
+	}
+	b.ctx, b.cancel = context.WithCancel(context.Background())
+	// It ends when the files are read, or ctx is done; Close waits for it.
+	b.work.Go(func() { b.load(files) })
+	return b, nil
+}
+
+// How much is remembered to be had at once: up to some kilobytes, and up to a megabyte, each.
+const (
+	maxDocs      = 1024
+	maxManifests = 64
+)
+
+// Close ends what is being made, and waits for it.
+func (b *Bridge) Close() error {
+	b.mu.Lock()
+	b.cancel()
+	b.mu.Unlock()
+	b.work.Wait()
+	return nil
+}
+
+// A Query is what a client asks for.
+type Query struct {
+	Name   string // of the appc image
+	Client string // who asks, for the fetching
+	// May returns an error if the client may not have the images of a name: of the one that it asks for, and of those that this one needs.
+	May func(name string) error
+}
+
+// A Content is an answer: a document or a layer.
+type Content struct {
+	MediaType string
+	Digest    acproxy.Digest
+	Size      int64        // bytes
+	Status    fetch.Status // how the image came to be here
+	Latest    bool         // the answer to a tag that stands for another image sooner or later
+
+	document []byte
+	write    func(w io.Writer) error
+}
+
+// WriteTo writes the content. What is written of a layer is what its digest says, unless the image's bytes got lost.
+func (c *Content) WriteTo(w io.Writer) (int64, error) {
+	if c.write == nil {
+		n, err := w.Write(c.document)
+		return int64(n), err
+	}
+	counted := &counter{w: w}
+	err := c.write(counted)
+	return counted.n, err
+}
+
+// Document returns a document, nil for a layer.
+func (c *Content) Document() []byte { return c.document }
+
+// counter counts what is written.
+type counter struct {
+	w io.Writer
+	n int64
+}
+
+// Write is the writer's.
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// Manifest returns the manifest that a tag or a digest stands for. accepts says which media types the client reads: one that reads no index is given the
+// manifest for the first platform that there is an image for. Errors match the sentinels of package acproxy.
+func (b *Bridge) Manifest(ctx context.Context, q Query, reference string, accepts func(mediaType string) bool) (*Content, error) {
+	if digest, err := acproxy.ParseDigest(reference); err == nil {
+		return b.known(ctx, q, digest, func(m *made) (*Content, error) {
+			if d := m.descriptor(); d.Digest == digest {
+				return &Content{MediaType: m.mediaType(), Digest: digest, Size: d.Size, document: m.Manifest}, nil
+			}
+			return nil, nil
+		})
+	}
+	if strings.Contains(reference, ":") {
+		return nil, acproxy.Invalid("%.128q is neither a tag nor a digest that begins with sha256", reference)
+	}
+	if err := q.May(q.Name); err != nil {
+		return nil, err
+	}
+	return b.tagged(ctx, q, reference, accepts)
+}
+
+// Blob returns a configuration or a layer of an image of a name.
+func (b *Bridge) Blob(ctx context.Context, q Query, digest acproxy.Digest) (*Content, error) {
+	return b.known(ctx, q, digest, func(m *made) (*Content, error) {
+		if m.Config != nil {
+			if d := describe(m.Config); d.Digest == digest {
+				return &Content{MediaType: MediaTypeConfig, Digest: digest, Size: d.Size, document: m.Config}, nil
+			}
+		}
+		for i, p := range m.Pieces {
+			if p.Layer.Digest == digest {
+				return &Content{MediaType: MediaTypeLayer, Digest: digest, Size: p.Layer.Size, write: func(w io.Writer) error { return b.writeLayer(w, m.Pieces, i) }}, nil
+			}
+		}
+		return nil, nil
+	})
+}
+
+// known answers with something that was made before, out of the images of a name.
+func (b *Bridge) known(ctx context.Context, q Query, digest acproxy.Digest, pick func(*made) (*Content, error)) (*Content, error) {
+	if err := q.May(q.Name); err != nil {
+		return nil, err
+	}
+	keys := b.keys(digest)
+	if len(keys) == 0 {
+		select {
+		case <-b.loaded:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+		keys = b.keys(digest)
+	}
+	var first error
+	for _, key := range keys {
+		m, err := b.get(key)
+		if err != nil || m.Name != q.Name {
+			continue
+		}
+		c, err := pick(m)
+		if c == nil && err == nil {
+			continue
+		}
+		if err == nil {
+			err = b.servable(ctx, q, m)
+		}
+		if err == nil {
+			return c, nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	if first != nil {
+		return nil, first
+	}
+	return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-such-digest", Detail: fmt.Sprintf("no image of %s that was asked for by a tag has %v in it", q.Name, digest)}
+}
+
+func (b *Bridge) keys(digest acproxy.Digest) []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.byDigest[digest])
+}
+
+// get returns what was made under a key, or an error matching [fs.ErrNotExist].
+func (b *Bridge) get(key string) (*made, error) {
+	if m, ok := b.docs.Get(key); ok {
+		return m, nil
+	}
+	b.mu.Lock()
+	m := b.unkept[key]
+	b.mu.Unlock()
+	if m != nil {
+		return m, nil
+	}
+	m, err := b.read(key)
+	if err == nil {
+		b.docs.Put(key, m)
+	}
+	return m, err
+}
+
+// servable returns why something may not be served: every image that it was made of has to be held, by keys and policies as they are now, and the client has
+// to have a right to it. What is gone is fetched again.
+func (b *Bridge) servable(ctx context.Context, q Query, m *made) error {
+	for _, child := range m.Children {
+		for _, key := range b.keys(child) {
+			of, err := b.get(key)
+			if err != nil || of.Children != nil {
+				continue
+			}
+			if err := b.servable(ctx, q, of); err != nil {
+				return err
+			}
+		}
+	}
+	for i, p := range m.Pieces {
+		if slices.ContainsFunc(m.Pieces[:i], func(before piece) bool { return before.Digest == p.Digest }) {
+			continue
+		}
+		if err := q.May(p.Name); err != nil {
+			return err
+		}
+		if err := b.ensure(ctx, q, p); err != nil {
+			return fmt.Errorf("of what %s is made of, %s: %w", m.Name, p.what(), err)
+		}
+		b.cfg.Store.Touch(p.Digest)
+	}
+	return nil
+}
+
+// ensure has a piece be held and accepted, or returns why it isn't.
+func (b *Bridge) ensure(ctx context.Context, q Query, p piece) error {
+	rec, err := b.cfg.Store.Record(p.Digest)
+	if err == nil && b.cfg.Fetcher.Acceptable(rec) == nil {
+		return nil
+	}
+	ref, err := p.ref()
+	if err != nil {
+		return err
+	}
+	im, err := b.cfg.Fetcher.Image(ctx, fetch.Request{Ref: ref, Client: q.Client})
+	if err != nil {
+		return err
+	}
+	defer im.Close()
+	if err := im.Inspected(ctx); err != nil {
+		return err
+	}
+	if im.Record.Digest != p.Digest {
+		return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "another-image", Detail: fmt.Sprintf("it was made of the bytes %v, which are not held any more; its publisher has %v now", p.Digest, im.Record.Digest)}
+	}
+	return nil
+}
+
+// tagged returns the manifest that a tag stands for.
+func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(string) bool) (*Content, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, b.cfg.Wait, &acproxy.Error{
+		Kind: acproxy.ErrBusy, Code: "converting", RetryAfter: 10 * time.Second,
+		Detail: fmt.Sprintf("%s:%s is still being fetched or converted after %v: ask again, it goes on", q.Name, tag, b.cfg.Wait),
+	})
+	defer cancel()
+	var all []*made
+	var status fetch.Status
+	var missing error
+	for i, platform := range b.cfg.Platforms {
+		m, s, err := b.forPlatform(ctx, q, tag, platform)
+		switch {
+		case err == nil:
+			all = append(all, m)
+			if i == 0 || s != fetch.Hit {
+				status = s
+			}
+		case errors.Is(err, acproxy.ErrNotFound):
+			if missing == nil {
+				missing = err
+			}
+		default:
+			return nil, err
+		}
+		if err == nil && !accepts(MediaTypeIndex) {
+			break
+		}
+	}
+	switch {
+	case len(all) == 0:
+		return nil, missing
+	case len(b.cfg.Platforms) > 1 && accepts(MediaTypeIndex):
+		m, err := b.indexOf(q.Name, all)
+		if err != nil {
+			return nil, err
+		}
+		all[0] = m
+	}
+	if !accepts(all[0].mediaType()) {
+		return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "not-acceptable", Detail: fmt.Sprintf("it can be had as %s, and the request's Accept doesn't take that", all[0].mediaType())}
+	}
+	d := all[0].descriptor()
+	return &Content{MediaType: all[0].mediaType(), Digest: d.Digest, Size: d.Size, Status: status, Latest: tag == latest, document: all[0].Manifest}, nil
+}
+
+// indexOf returns the index of what an image is on several platforms.
+func (b *Bridge) indexOf(name string, all []*made) (*made, error) {
+	children := make([]acproxy.Digest, len(all))
+	for i, m := range all {
+		children[i] = m.descriptor().Digest
+	}
+	key := keyOfIndex(name, children)
+	if m, err := b.get(key); err == nil {
+		return m, nil
+	}
+	raw, err := indexOf(all)
+	if err != nil {
+		return nil, err
+	}
+	m := &made{Key: key, Name: name, Children: children, Manifest: raw}
+	b.keep(m)
+	return m, nil
+}
+
+// forPlatform returns what a tag stands for on a platform.
+func (b *Bridge) forPlatform(ctx context.Context, q Query, tag string, platform Platform) (*made, fetch.Status, error) {
+	versions, err := b.versions(q.Name, tag)
+	if err != nil {
+		return nil, 0, err
+	}
+	var refs []acproxy.Ref
+	for _, version := range versions {
+		more, err := b.refs(ctx, q.Name, map[string]string{acproxy.LabelVersion: version}, platform)
+		if err != nil {
+			return nil, 0, err
+		}
+		refs = append(refs, more...)
+	}
+	pieces, status, err := b.gather(ctx, q, refs, platform)
+	if err != nil {
+		return nil, 0, err
+	}
+	own := pieces[len(pieces)-1]
+	is, err := platformOf(own.Labels, platform)
+	if err != nil {
+		return nil, 0, err
+	}
+	key := keyOf(pieces, is)
+	if m, err := b.get(key); err == nil {
+		return m, status, nil
+	}
+	m, err := b.once(ctx, key, func() (any, error) { return b.make(key, pieces, is) })
+	if err != nil {
+		return nil, 0, fmt.Errorf("making an OCI image of %s: %w", own.what(), err)
+	}
+	return m.(*made), status, nil
+}
+
+// once has something made by one goroutine, for all who wait for it. It goes on when they leave.
+func (b *Bridge) once(ctx context.Context, key string, do func() (any, error)) (any, error) {
+	// It ends with b.ctx, which Close cancels before it waits for it.
+	done := b.flights.DoChan(key, func() (any, error) {
+		b.mu.Lock()
+		if b.ctx.Err() != nil {
+			b.mu.Unlock()
+			return nil, errClosed
+		}
+		b.work.Add(1)
+		b.mu.Unlock()
+		defer b.work.Done()
+		return do()
+	})
+	select {
+	case r := <-done:
+		return r.Val, r.Err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+var errClosed = &acproxy.Error{Kind: acproxy.ErrBusy, Code: "closing", Detail: "this proxy is being stopped"}
+
+// make makes an OCI image of pieces whose layers aren't known yet.
+func (b *Bridge) make(key string, pieces []piece, platform imagespec.Platform) (*made, error) {
+	started := b.now()
+	pieces = slices.Clone(pieces)
+	for i := range pieces {
+		var err error
+		if pieces[i].Layer, err = b.layer(pieces, i); err != nil {
+			return nil, fmt.Errorf("%s: %w", pieces[i].what(), err)
+		}
+	}
+	own := pieces[len(pieces)-1]
+	r, err := b.rendered(own.Digest)
+	if err != nil {
+		return nil, err
+	}
+	config, err := configOf(r.manifest, pieces, platform)
+	if err != nil {
+		return nil, err
+	}
+	manifest, err := manifestOf(r.manifest, pieces, describe(config))
+	if err != nil {
+		return nil, err
+	}
+	m := &made{Key: key, Name: own.Name, Platform: platform, Pieces: pieces, Config: config, Manifest: manifest}
+	b.keep(m)
+	b.log.Info("an OCI image was made", "image", own.what(), "platform", platform.OS+"/"+platform.Architecture, "digest", m.descriptor().Digest, "layers", len(pieces), "took", b.now().Sub(started).Round(time.Millisecond))
+	return m, nil
+}
+
+// layer returns what the layer of a piece is called, and how long it is.
+func (b *Bridge) layer(pieces []piece, i int) (descriptor, error) {
+	key := layerKey(pieces, i)
+	b.mu.Lock()
+	d, ok := b.layers[key]
+	b.mu.Unlock()
+	if ok {
+		return d, nil
+	}
+	if err, ok := b.failures.Get(key); ok {
+		return d, err
+	}
+	v, err := b.once(b.ctx, key, func() (any, error) {
+		select {
+		case b.turns <- struct{}{}:
+		case <-b.ctx.Done():
+			return nil, errClosed
+		}
+		defer func() { <-b.turns }()
+		started := b.now()
+		hash := sha256.New()
+		counted := &counter{w: hash}
+		err := b.writeLayer(&untilDone{counted, b.ctx}, pieces, i)
+		if b.cfg.Converted != nil {
+			b.cfg.Converted(counted.n, b.now().Sub(started), err)
+		}
+		d := descriptor{acproxy.Digest(hash.Sum(nil)), counted.n}
+		if err == nil {
+			b.mu.Lock()
+			b.layers[key] = d
+			b.mu.Unlock()
+		} else if acproxy.Code(err) == codeUnconvertible {
+			b.failures.Put(key, err)
+		}
+		return d, err
+	})
+	if err != nil {
+		return descriptor{}, err
+	}
+	return v.(descriptor), nil
+}
+
+// untilDone is a writer that fails once ctx is done.
+type untilDone struct {
+	io.Writer
+	ctx context.Context
+}
+
+// Write is the writer's, unless ctx is done.
+func (w *untilDone) Write(p []byte) (int, error) {
+	if w.ctx.Err() != nil {
+		return 0, errClosed
+	}
+	return w.Writer.Write(p)
+}
+
+// writeLayer writes the layer of a piece.
+func (b *Bridge) writeLayer(w io.Writer, pieces []piece, i int) error {
+	var keep []*paths
+	for _, within := range pieces[i].Within {
+		r, err := b.rendered(pieces[within].Digest)
+		if err != nil {
+			return err
+		}
+		// One that was looked at as none isn't among them.
+		list := r.above
+		if within == i {
+			list = r.own
+		}
+		keep = append(keep, list)
+	}
+	blob, err := b.cfg.Store.OpenBlob(pieces[i].Digest)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	return writeLayer(w, blob, pieces[i].Size, b.cfg.Limits, keep)
+}
+
+// rendered is what an image's manifest says of how it is rendered.
+type rendered struct {
+	manifest   *schema.ImageManifest
+	own, above *paths // its pathWhitelist, for its own files and for those of images that it needs; nil if it has none
+}
+
+// rendered returns what the manifest of a held image says.
+func (b *Bridge) rendered(digest acproxy.Digest) (*rendered, error) {
+	if r, ok := b.manifests.Get(digest); ok {
+		return r, nil
+	}
+	raw, err := b.cfg.Store.Manifest(digest)
+	if err != nil {
+		return nil, err
+	}
+	m := new(schema.ImageManifest)
+	if err := json.Unmarshal(raw, m); err != nil {
+		return nil, fmt.Errorf("reading the manifest of %v: %w", digest, err)
+	}
+	r := &rendered{m, newPaths(m.PathWhitelist, true), newPaths(m.PathWhitelist, false)}
+	b.manifests.Put(digest, r)
+	return r, nil
+}
