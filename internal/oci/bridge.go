@@ -231,6 +231,8 @@ func (b *Bridge) known(ctx context.Context, q Query, digest acproxy.Digest, pick
 	if err := q.May(q.Name); err != nil {
 		return nil, err
 	}
+	ctx, cancel := b.patient(ctx, q.Name+"@"+digest.String())
+	defer cancel()
 	keys := b.keys(digest)
 	if len(keys) == 0 {
 		select {
@@ -345,10 +347,7 @@ func (b *Bridge) ensure(ctx context.Context, q Query, p piece) error {
 
 // tagged returns the manifest that a tag stands for.
 func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(string) bool) (*Content, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, b.cfg.Wait, &acproxy.Error{
-		Kind: acproxy.ErrBusy, Code: "converting", RetryAfter: 10 * time.Second,
-		Detail: fmt.Sprintf("%s:%s is still being fetched or converted after %v: ask again, it goes on", q.Name, tag, b.cfg.Wait),
-	})
+	ctx, cancel := b.patient(ctx, q.Name+":"+tag)
 	defer cancel()
 	var all []*made
 	var status fetch.Status
@@ -387,6 +386,14 @@ func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(s
 	}
 	d := all[0].descriptor()
 	return &Content{MediaType: all[0].mediaType(), Digest: d.Digest, Size: d.Size, Status: status, Latest: tag == latest, document: all[0].Manifest}, nil
+}
+
+// patient returns a context that ends when a client has waited long enough for something.
+func (b *Bridge) patient(ctx context.Context, what string) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, b.cfg.Wait, &acproxy.Error{
+		Kind: acproxy.ErrBusy, Code: "converting", RetryAfter: 10 * time.Second,
+		Detail: fmt.Sprintf("%s is still being fetched or converted after %v: ask again, it goes on", what, b.cfg.Wait),
+	})
 }
 
 // indexOf returns the index of what an image is on several platforms.
