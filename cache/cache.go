@@ -139,6 +139,7 @@ type Usage struct {
 	Sidecars    int64 `json:"sidecars"`
 	Index       int64 `json:"index"` // with indexes that were set aside
 	Partials    int64 `json:"partials"`
+	Spools      int64 `json:"spools"`      // what can be made again, such as the layers of OCI images
 	Quarantine  int64 `json:"quarantine"`  // the quarantine directory; quarantined images whose bytes are whole count as blobs
 	Names       int64 `json:"names"`       // what discovery found out about names
 	Directories int64 `json:"directories"` // the directories themselves
@@ -154,7 +155,7 @@ type Usage struct {
 
 // Total returns the sum of all bytes on the disk.
 func (u Usage) Total() int64 {
-	return u.Blobs + u.Sidecars + u.Index + u.Partials + u.Quarantine + u.Names + u.Directories + u.Open
+	return u.Blobs + u.Sidecars + u.Index + u.Partials + u.Spools + u.Quarantine + u.Names + u.Directories + u.Open
 }
 
 // Room is how much more a store may take. A limit that isn't set is 0.

@@ -140,6 +140,7 @@ type Disk struct {
 	// beingFlushed are the access times that are being written.
 	beingFlushed map[acproxy.Digest]time.Time
 	suspended    map[string]suspended // by the key of their arrival
+	spools       map[string]*Spool    // by path, those that are whole
 	shards       map[string]bool      // the directories of blobs that exist
 	pointed      int64                // the last number given to a Resolution
 }
@@ -170,7 +171,7 @@ func newDisk(dir string, opts Options) *Disk {
 		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
 		idle: opts.Idle, evictAgain: cmp.Or(opts.evictAgain, defaultEvictAgain), tellEvicted: opts.Evicted, tellLost: opts.Lost, inspect: opts.Inspect, schedule: opts.Scrub, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
 		memory: newMemory(), cleaned: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
-		suspended: make(map[string]suspended), shards: make(map[string]bool),
+		suspended: make(map[string]suspended), spools: make(map[string]*Spool), shards: make(map[string]bool),
 	}
 	d.known.Store(&knowledge{changed: make(chan struct{})})
 	if d.fsys == nil {

@@ -11,6 +11,7 @@ import (
 
 // The kinds of what is evicted, in the order in which they go.
 const (
+	EvictSpool       = "spool"       // what can be made again from an image, such as an OCI layer
 	EvictPartial     = "partial"     // what has arrived of an image and nobody takes up again
 	EvictSetAside    = "set-aside"   // a blob in the quarantine directory
 	EvictQuarantined = "quarantined" // an image that must not be served, with its bytes
@@ -32,7 +33,7 @@ type Eviction struct {
 	Bytes  int64     `json:"bytes"`           // of whole blocks, the sidecar's included
 	Record *Record   `json:"image,omitempty"` // if it is an image
 	Ref    string    `json:"ref,omitempty"`   // a ref that a partial was for
-	File   string    `json:"file,omitempty"`  // the name of a file in the quarantine directory
+	File   string    `json:"file,omitempty"`  // the name of a file in the quarantine directory, or what a spool was of
 	Used   time.Time `json:"used,omitzero"`   // when it was last used, written or set aside
 }
 

@@ -22,6 +22,7 @@ type victim struct {
 	place  []byte         // of an image, in the order
 	key    string         // of what has arrived of an image
 	file   string         // in the quarantine directory
+	spool  *Spool
 }
 
 // planner chooses what to evict.
@@ -79,6 +80,7 @@ func (d *Disk) plan(need int64, most int, explain bool) (*planner, error) {
 		}
 		d.surveyed = p.survey
 	}
+	p.spools()
 	if err := p.partials(); err != nil {
 		return nil, err
 	}

@@ -107,6 +107,7 @@ type space struct {
 	loose     int64
 	arriving  map[*Partial]struct{} // of what is loose, that which isn't all written
 	suspended int64                 // of what is loose, what nobody writes any more
+	spooled   int64                 // of what is loose, what can be made again
 }
 
 // promise is somebody who waits for space.
@@ -279,7 +280,8 @@ func (s *space) usage() Usage {
 		u.Promised -= min(housekeeping, max(0, s.taken()-q.MaxSize))
 	}
 	u.Partials += s.suspended
-	u.Open = s.loose - promised - s.suspended
+	u.Spools = s.spooled
+	u.Open = s.loose - promised - s.suspended - s.spooled
 	return u
 }
 
@@ -373,6 +375,18 @@ func (s *space) tryPromise(n int64) bool {
 	return true
 }
 
+// promiseSpool promises n bytes to what nothing is to be evicted for: if they are free, and leave what is taken below the high watermark.
+func (s *space) promiseSpool(n int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if q := s.quota(); q.limits() && (s.closed || s.unknown > 0 && q.MaxSize > 0 || len(s.waiting) > 0 || !s.fits(n) || s.above(q.High)+n > 0) {
+		return false
+	}
+	s.loose += n
+	s.spooled += n
+	return true
+}
+
 func (s *space) fits(n int64) bool {
 	room, _ := s.room()
 	return n <= room
@@ -391,6 +405,14 @@ func (s *space) add(n int64) {
 
 // release gives back n bytes.
 func (s *space) release(n int64) { s.add(-n) }
+
+// releaseSpool gives back n bytes of those that were promised to a spool.
+func (s *space) releaseSpool(n int64) {
+	s.mu.Lock()
+	s.spooled -= n
+	s.mu.Unlock()
+	s.release(n)
+}
 
 // loosen notes that something may have become evictable.
 func (s *space) loosen() {

@@ -28,6 +28,8 @@ func (d *Disk) evict(victims []victim, reason string) (Freed, error) {
 		var e Eviction
 		var err error
 		switch {
+		case v.spool != nil:
+			e, err = d.evictSpool(v.spool)
 		case v.key != "":
 			e, err = d.evictPartial(v.key)
 		case v.file != "":

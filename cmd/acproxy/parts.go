@@ -441,8 +441,13 @@ func (p *parts) openOCI(dir string) (err error) {
 		}
 		platforms = append(platforms, platform)
 	}
+	spool := p.store.Spool
+	if c.Keep == 0 {
+		spool = nil
+	}
 	p.oci, err = oci.New(oci.Config{
-		Fetcher: p.fetcher, Store: p.store, Dir: dir, Platforms: platforms, Wait: time.Duration(c.Wait), Parallel: c.Parallel, Limits: limits(p.cfg),
+		Spool: spool,
+		Fetcher: p.fetcher, Store: p.store, Dir: dir, Platforms: platforms, Wait: time.Duration(c.Wait), Keep: time.Duration(c.Keep), Parallel: c.Parallel, Limits: limits(p.cfg),
 		Converted: p.metrics.Converted, Log: p.log,
 	})
 	return err

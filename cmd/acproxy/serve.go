@@ -154,6 +154,11 @@ func start(cfg *config.Config, load func() (*config.Config, error), logs *logs) 
 }
 
 func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.Access)) error {
+	if cfg.OCI.Enabled {
+		if err := n.parts.openOCI(filepath.Join(cfg.DataDir, "oci")); err != nil {
+			return err
+		}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	if cfg.Traces.Endpoint != "" {
 		var err error
@@ -166,11 +171,6 @@ func (n *running) open(cfg *config.Config, log *slog.Logger, access func(server.
 	if err := n.openACME(cfg, log); err != nil {
 		cancel()
 		return err
-	}
-	if cfg.OCI.Enabled {
-		if err := n.parts.openOCI(filepath.Join(cfg.DataDir, "oci")); err != nil {
-			return err
-		}
 	}
 	n.server = server.New(n.serverConfig(cfg, log, access))
 	n.parts.metrics.Uploads(n.server.Uploads)

@@ -569,6 +569,7 @@ func (c *Config) checkWarm(r *report) {
 // checkOCI checks how images are had as OCI images.
 func (c *Config) checkOCI(r *report) {
 	positive(r, "oci.wait", c.OCI.Wait, Default().OCI.Wait)
+	notNegative(r, "oci.keep", c.OCI.Keep)
 	if c.OCI.Parallel < 0 && !r.broken("oci.parallel") {
 		r.value("oci.parallel", "%d is no number of images: write how many are read at once, or 0 for half as many as there are processors", c.OCI.Parallel)
 	}

@@ -617,6 +617,10 @@ type OCI struct {
 	// For how long a client is kept waiting for an image to arrive and to be converted. After that it is told to come back (503); the work goes on.
 	Wait Duration `yaml:"wait"`
 
+	// For how long the layer of an image is kept beside the image after a node has asked for it last, for the other nodes of a rollout. It is as large as the files
+	// of the image, not compressed; nothing is evicted for it, and it goes before anything else does. 0 keeps none: each is made anew for everybody who asks.
+	Keep Duration `yaml:"keep"`
+
 	// Images that are read at once to find out what their layers are called. 0 is half as many as there are processors.
 	Parallel int `yaml:"parallel"`
 }
@@ -891,6 +895,7 @@ func Default() Config {
 			Enabled:   true,
 			Platforms: []string{"linux/amd64"},
 			Wait:      minutes(5),
+			Keep:      minutes(60),
 		},
 		Cache: Cache{
 			MinFree:      1 * GiB,

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"runtime"
 	"slices"
@@ -39,6 +40,10 @@ type Config struct {
 	Wait      time.Duration // for how long a client is kept waiting for an image to arrive and to be converted; 0 means DefaultWait
 	Parallel  int           // images that are converted at once; 0 means half as many as there are processors
 	Limits    aci.Limits
+	// Spool begins a file for a layer of so many bytes, -1 if that isn't known, as [cache.Disk.Spool] does. nil keeps none: each is written anew for everybody
+	// who asks for it.
+	Spool func(what string, size int64) (*cache.Spool, error)
+	Keep  time.Duration // for how long a layer is kept after it was asked for last; 0 means DefaultKeep
 	// Converted is told of every layer that was made: how many bytes it has, and how long that took. nil means nobody is told.
 	Converted func(bytes int64, took time.Duration, err error)
 
@@ -50,6 +55,7 @@ type Config struct {
 // Defaults of a [Config].
 const (
 	DefaultWait = 5 * time.Minute
+	DefaultKeep = time.Hour
 )
 
 // DefaultPlatform is what images are looked for.
@@ -58,8 +64,9 @@ func DefaultPlatform() Platform { return Platform{"linux", "amd64"} }
 // A Bridge makes OCI images of appc images: of each image that one is rendered from (appc specification, "Dependency Matching") a layer. What it answers is a
 // function of the bytes that were signed, so that the digests that nodes know stay true, here and in another acproxy. It is safe for concurrent use.
 //
-// A layer is not kept: it is written anew out of the image for everybody who asks for it. What it takes to know its digest, reading all of the image once, is
-// done once, for everybody who waits for it, and remembered.
+// To know the digest of a layer all of the image has to be read; that is done once, for everybody who waits for it, and remembered for ever. The layer itself is
+// kept for a while, for the other nodes of a rollout, as far as there is space that nothing else has a use for. Where it isn't, it is written anew out of the
+// image for everybody who asks for it.
 type Bridge struct {
 	cfg Config
 	log *slog.Logger
@@ -79,6 +86,7 @@ type Bridge struct {
 	byDigest map[acproxy.Digest][]string
 	layers   map[string]descriptor // by layerKey
 	unkept   map[string]*made      // by key, what could not be written down
+	spools   map[acproxy.Digest]*cache.Spool
 
 	// ctx is the life of what is being made, which doesn't end with who asked for it. Close cancels it and waits for work.
 	ctx    context.Context
@@ -88,7 +96,7 @@ type Bridge struct {
 
 // New returns a Bridge. Close ends what it has in progress.
 func New(cfg Config) (*Bridge, error) {
-	b := &Bridge{cfg: cfg, log: cfg.Log, now: cfg.Now, loaded: make(chan struct{}), made: make(map[string]bool), byDigest: make(map[acproxy.Digest][]string), layers: make(map[string]descriptor), unkept: make(map[string]*made)}
+	b := &Bridge{cfg: cfg, log: cfg.Log, now: cfg.Now, loaded: make(chan struct{}), made: make(map[string]bool), byDigest: make(map[acproxy.Digest][]string), layers: make(map[string]descriptor), unkept: make(map[string]*made), spools: make(map[acproxy.Digest]*cache.Spool)}
 	if b.log == nil {
 		b.log = slog.Default()
 	}
@@ -103,6 +111,9 @@ func New(cfg Config) (*Bridge, error) {
 	}
 	if cfg.Wait == 0 {
 		b.cfg.Wait = DefaultWait
+	}
+	if cfg.Keep == 0 {
+		b.cfg.Keep = DefaultKeep
 	}
 	if cfg.Parallel == 0 {
 		b.cfg.Parallel = max(1, runtime.GOMAXPROCS(0)/2)
@@ -124,6 +135,8 @@ func New(cfg Config) (*Bridge, error) {
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	// It ends when the files are read, or ctx is done; Close waits for it.
 	b.work.Go(func() { b.load(files) })
+	// So does this.
+	b.work.Go(b.sweep)
 	return b, nil
 }
 
@@ -139,7 +152,15 @@ func (b *Bridge) Close() error {
 	b.cancel()
 	b.mu.Unlock()
 	b.work.Wait()
-	return nil
+	b.mu.Lock()
+	left := slices.Collect(maps.Values(b.spools))
+	clear(b.spools)
+	b.mu.Unlock()
+	var errs []error
+	for _, s := range left {
+		errs = append(errs, s.Discard())
+	}
+	return errors.Join(errs...)
 }
 
 // A Query is what a client asks for.
@@ -159,22 +180,46 @@ type Content struct {
 	Latest    bool         // the answer to a tag that stands for another image sooner or later
 
 	document []byte
-	write    func(w io.Writer) error
+	b        *Bridge
+	pieces   []piece
+	layer    int // of the pieces, if there is no document
+	file     *cache.Blob
+}
+
+// Open has the file of a layer be there, if it can be, making it again if it isn't kept any more. The caller closes the content.
+func (c *Content) Open(ctx context.Context) (err error) {
+	if c.document == nil {
+		c.file, err = c.b.open(ctx, c.pieces, c.layer)
+	}
+	return err
+}
+
+// File returns the file that Open has opened, nil if there is none: then WriteTo makes what it writes.
+func (c *Content) File() *os.File {
+	if c.file == nil {
+		return nil
+	}
+	return c.file.File
+}
+
+// Close closes what Open has opened.
+func (c *Content) Close() error {
+	if c.file == nil {
+		return nil
+	}
+	return c.file.Close()
 }
 
 // WriteTo writes the content. What is written of a layer is what its digest says, unless the image's bytes got lost.
 func (c *Content) WriteTo(w io.Writer) (int64, error) {
-	if c.write == nil {
+	if c.document != nil {
 		n, err := w.Write(c.document)
 		return int64(n), err
 	}
 	counted := &counter{w: w}
-	err := c.write(counted)
+	err := c.b.writeLayer(counted, c.pieces, c.layer)
 	return counted.n, err
 }
-
-// Document returns a document, nil for a layer.
-func (c *Content) Document() []byte { return c.document }
 
 // counter counts what is written.
 type counter struct {
@@ -219,7 +264,7 @@ func (b *Bridge) Blob(ctx context.Context, q Query, digest acproxy.Digest) (*Con
 		}
 		for i, p := range m.Pieces {
 			if p.Layer.Digest == digest {
-				return &Content{MediaType: MediaTypeLayer, Digest: digest, Size: p.Layer.Size, write: func(w io.Writer) error { return b.writeLayer(w, m.Pieces, i) }}, nil
+				return &Content{MediaType: MediaTypeLayer, Digest: digest, Size: p.Layer.Size, b: b, pieces: m.Pieces, layer: i}, nil
 			}
 		}
 		return nil, nil
@@ -515,20 +560,7 @@ func (b *Bridge) layer(pieces []piece, i int) (descriptor, error) {
 		return d, err
 	}
 	v, err := b.once(b.ctx, key, func() (any, error) {
-		select {
-		case b.turns <- struct{}{}:
-		case <-b.ctx.Done():
-			return nil, errClosed
-		}
-		defer func() { <-b.turns }()
-		started := b.now()
-		hash := sha256.New()
-		counted := &counter{w: hash}
-		err := b.writeLayer(&untilDone{counted, b.ctx}, pieces, i)
-		if b.cfg.Converted != nil {
-			b.cfg.Converted(counted.n, b.now().Sub(started), err)
-		}
-		d := descriptor{acproxy.Digest(hash.Sum(nil)), counted.n}
+		d, err := b.convert(pieces, i, b.spool(pieces[i], -1))
 		if err == nil {
 			b.mu.Lock()
 			b.layers[key] = d
@@ -542,6 +574,31 @@ func (b *Bridge) layer(pieces []piece, i int) (descriptor, error) {
 		return descriptor{}, err
 	}
 	return v.(descriptor), nil
+}
+
+// convert makes the layer of a piece, finds out what it is called, and keeps it in a spool, unless that is nil.
+func (b *Bridge) convert(pieces []piece, i int, keep *optional) (descriptor, error) {
+	select {
+	case b.turns <- struct{}{}:
+	case <-b.ctx.Done():
+		keep.drop(nil)
+		return descriptor{}, errClosed
+	}
+	defer func() { <-b.turns }()
+	started := b.now()
+	hash := sha256.New()
+	counted := &counter{w: io.MultiWriter(hash, keep)}
+	err := b.writeLayer(&untilDone{counted, b.ctx}, pieces, i)
+	if b.cfg.Converted != nil {
+		b.cfg.Converted(counted.n, b.now().Sub(started), err)
+	}
+	d := descriptor{acproxy.Digest(hash.Sum(nil)), counted.n}
+	if err != nil {
+		keep.drop(nil)
+		return d, err
+	}
+	b.kept(d.Digest, keep)
+	return d, nil
 }
 
 // untilDone is a writer that fails once ctx is done.
