@@ -126,14 +126,18 @@ func (s *scene) podman() *engine {
 		cmd.Env = append(cmd.Env, "CONTAINERS_REGISTRIES_CONF="+s.path("registries.conf"))
 		return cmd
 	}
+	pulled := false
 	return &engine{
 		s: s,
 		pull: func(im ociReference, user *url.Userinfo) (string, error) {
-			// Nothing of it is there already.
-			if out, err := run(podman("rmi", "--all", "--force")); err != nil {
-				s.t.Fatalf("podman rmi: %v\n%s", err, out)
+			if pulled {
+				if out, err := run(podman("rmi", "--all", "--force")); err != nil {
+					s.t.Fatalf("podman rmi: %v\n%s", err, out)
+				}
 			}
-			return run(podman(append([]string{"pull", im.String()}, s.credentials(user)...)...))
+			out, err := run(podman(append([]string{"pull", im.String()}, s.credentials(user)...)...))
+			pulled = err == nil
+			return out, err
 		},
 		held: func(im ociReference) (manifest []byte, layers [][]byte) {
 			out := must(podman("inspect", im.String()).Output())(s.t)
@@ -304,7 +308,6 @@ func (e *engine) pullsEverywhere(t *testing.T, check func(t *testing.T)) {
 	s.restart(syscall.SIGTERM)
 	t.Run("by tag, after a restart", func(t *testing.T) { pull(t, im) })
 	s.wantConverted(0)
-	s.wantLayersMade(0)
 	s.wantAskedOnce(base, top)
 }
 
@@ -386,19 +389,20 @@ func TestOCIClientsShowWhoTheyAre(t *testing.T) {
 			for _, tt := range []struct {
 				who  string
 				user *url.Userinfo
+				im   image
 				may  bool
 			}{
-				{"nobody", nil, false},
-				{"a wrong password", url.UserPassword("alice", "x"), false},
-				{"a token of somebody else", url.UserPassword("alice", token), false},
-				{"alice", url.UserPassword("alice", "open sesame"), true},
-				{"ci, with a token", url.UserPassword("ci", token), true},
+				{"nobody", nil, secret, false},
+				{"a wrong password", url.UserPassword("alice", "x"), secret, false},
+				{"a token of somebody else", url.UserPassword("alice", token), secret, false},
+				{"nobody", nil, open, true},
+				{"alice", url.UserPassword("alice", "open sesame"), secret, true},
+				{"ci, with a token", url.UserPassword("ci", token), secret, true},
+				{"alice", url.UserPassword("alice", "open sesame"), open, true},
 			} {
-				for _, im := range []image{open, secret} {
-					out, err := e.pull(ociReference{name: im.name, tag: "1.0.0"}, tt.user)
-					if may := tt.may || im.name == open.name; may != (err == nil) {
-						t.Errorf("%s pulls %s: %v, want it to work: %v\n%s", tt.who, im.name, err, may, out)
-					}
+				out, err := e.pull(ociReference{name: tt.im.name, tag: "1.0.0"}, tt.user)
+				if tt.may != (err == nil) {
+					t.Errorf("%s pulls %s: %v, want it to work: %v\n%s", tt.who, tt.im.name, err, tt.may, out)
 				}
 				if n := s.publisher.Count(secret.blob()); !tt.may && n != 0 {
 					t.Errorf("the publisher was asked %d times for what %s may not have", n, tt.who)

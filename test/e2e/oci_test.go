@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -291,7 +292,19 @@ func wantOCIError(t testing.TB, a node.Answer, status int, code, problem string)
 // TestOCIDoor pulls an image that needs another one: cold, held, and when its publisher is gone.
 func TestOCIDoor(t *testing.T) {
 	t.Parallel()
-	s := newScene(t, "{freshness: {ttl: 0s}, discovery: {positive_ttl: 0s}}")
+	for name, tt := range map[string]struct {
+		keep  string
+		again int // how many layers are made again after a restart, for whoever asks for them first
+	}{"layers are kept": {"1h", 2}, "layers are not kept": {"0s", 0}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			throughTheOCIDoor(t, tt.keep, tt.again)
+		})
+	}
+}
+
+func throughTheOCIDoor(t *testing.T, keep string, again int) {
+	s := newScene(t, "{freshness: {ttl: 0s}, discovery: {positive_ttl: 0s}, oci: {keep: "+keep+"}}")
 	base := s.publish(noted("base"))
 	top := s.publish(needing(large("web", 300<<10), base))
 	cold := s.get(s.oci(top.name, "manifests", "1.0.0"))
@@ -335,26 +348,22 @@ func TestOCIDoor(t *testing.T) {
 	s.publisher.Stop()
 	t.Run("the publisher is gone", held)
 	s.wantConverted(1)
-	for _, signal := range []bool{true, false} {
-		if signal {
-			s.restart(sigterm)
-		} else {
-			s.restart(sigkill)
-		}
+	for _, signal := range []syscall.Signal{sigterm, sigkill} {
+		s.restart(signal)
 		// The digest first: what was made is known without a tag.
 		if got := s.pullOCI(top.name, im.digest, base, top); !bytes.Equal(got.raw, im.raw) {
 			t.Error("after a restart the digest gives something else")
 		}
 		t.Run("after a restart", held)
 		s.wantConverted(0)
-		s.wantLayersMade(0)
+		s.wantLayersMade(again)
 	}
 	// A name of its own shares the layer, and needs an image of its own.
 	if got := s.pullOCI(base.name, "1.0.0", base); got.manifest.Layers[0].Digest != im.manifest.Layers[0].Digest {
 		t.Error("the same image has two layers")
 	}
 	s.wantConverted(1)
-	s.wantLayersMade(0)
+	s.wantLayersMade(again)
 }
 
 // TestOCIOffline: what is held is had, by tag and digest, when nobody may be asked.
@@ -1155,6 +1164,20 @@ func TestOCIHerd(t *testing.T) {
 	}
 	s.pullOCI(top.name, "1.0.0", base, top)
 	s.wantConverted(1)
+	// After a restart the layers are made again, each once for all who ask for it then.
+	s.restart(sigterm)
+	var again sync.WaitGroup
+	for i := range herd {
+		// Ends with the answers; waited for below.
+		again.Go(func() {
+			if im, err := p.pull(s.context(), top.name, pulled[leaving].digest); err != nil || !bytes.Equal(im.layers[0], pulled[leaving].layers[0]) {
+				t.Errorf("client %d, after the restart: %v, or other bytes", i, err)
+			}
+		})
+	}
+	wait(t, "all clients end", &again)
+	s.wantConverted(0)
+	s.wantLayersMade(2)
 }
 
 // TestOCIWait: a client is told to come back when an image takes too long, and finds it then.
