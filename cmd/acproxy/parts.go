@@ -446,7 +446,7 @@ func (p *parts) openOCI(dir string) (err error) {
 		spool = nil
 	}
 	p.oci, err = oci.New(oci.Config{
-		Spool: spool,
+		Spool:   spool,
 		Fetcher: p.fetcher, Store: p.store, Dir: dir, Platforms: platforms, Wait: time.Duration(c.Wait), Keep: time.Duration(c.Keep), Parallel: c.Parallel, Limits: limits(p.cfg),
 		Converted: p.metrics.Converted, Log: p.log,
 	})

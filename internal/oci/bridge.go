@@ -405,7 +405,7 @@ func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(s
 			if i == 0 || s != fetch.Hit {
 				status = s
 			}
-		case errors.Is(err, acproxy.ErrNotFound):
+		case absent(err):
 			if missing == nil {
 				missing = err
 			}

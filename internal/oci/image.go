@@ -47,6 +47,12 @@ func ParsePlatform(s string) (Platform, error) {
 // String returns os/arch.
 func (p Platform) String() string { return p.OS + "/" + p.Arch }
 
+// fits reports whether an image with some labels is for the platform: by what they say, and an image that doesn't say is for every platform.
+func (p Platform) fits(labels map[string]string) bool {
+	os, arch := labels[acproxy.LabelOS], labels[acproxy.LabelArch]
+	return (os == "" || os == p.OS) && (arch == "" || arch == p.Arch)
+}
+
 // architectures are what appc's names of architectures (appc specification, "Image Manifest Schema", labels) are in OCI's words, which are Go's.
 var architectures = map[string]imagespec.Platform{
 	"amd64": {Architecture: "amd64"}, "x86_64": {Architecture: "amd64"}, "i386": {Architecture: "386"},

@@ -103,13 +103,16 @@ func (t *tree) image(ctx context.Context, n need) (rec cache.Record, status fetc
 			return rec, 0, err
 		}
 		rec, status, err = t.asked(ctx, ref)
+		if err == nil && !n.platform.fits(rec.Labels) {
+			err = &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "another-platform", Detail: fmt.Sprintf("what there is of %v is for %s/%s, asked for was %v", ref, rec.Labels[acproxy.LabelOS], rec.Labels[acproxy.LabelArch], n.platform)}
+		}
 		if err == nil {
 			break
 		}
 		if first == nil {
 			first = err
 		}
-		if !errors.Is(err, acproxy.ErrNotFound) {
+		if !absent(err) {
 			break
 		}
 	}
@@ -127,6 +130,11 @@ func (t *tree) image(ctx context.Context, n need) (rec cache.Record, status fetc
 		}
 	}
 	return rec, status, nil
+}
+
+// absent reports whether an error says that there is no such image, or none here.
+func absent(err error) bool {
+	return errors.Is(err, acproxy.ErrNotFound) || errors.Is(err, acproxy.ErrOffline)
 }
 
 func (t *tree) asked(ctx context.Context, ref acproxy.Ref) (rec cache.Record, status fetch.Status, err error) {
@@ -163,6 +171,12 @@ func (b *Bridge) needOf(ctx context.Context, by cache.Record, dep cache.Dependen
 		platform.OS = os
 	}
 	if arch := by.Labels[acproxy.LabelArch]; arch != "" {
+		platform.Arch = arch
+	}
+	if os := dep.Labels[acproxy.LabelOS]; os != "" {
+		platform.OS = os
+	}
+	if arch := dep.Labels[acproxy.LabelArch]; arch != "" {
 		platform.Arch = arch
 	}
 	as, err := acproxy.NewRef(dep.Name, dep.Labels)

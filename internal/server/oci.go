@@ -251,7 +251,7 @@ func ociSpan(r *http.Request, c *oci.Content) span {
 	if by := r.Header.Get("If-Range"); by != "" && by != `"`+c.Digest.String()+`"` {
 		return all
 	}
-	first, last, ok := strings.Cut(strings.TrimSpace(rng), "-")
+	first, last, ok := strings.Cut(rng, "-")
 	if !ok {
 		return all
 	}
