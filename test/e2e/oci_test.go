@@ -10,9 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net/http"
 	"net/http/httptrace"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -1210,4 +1213,44 @@ func TestOCIWait(t *testing.T) {
 	s.pullOCI(im.name, "1.0.0", im)
 	s.wantAskedOnce(im)
 	s.wantConverted(1)
+}
+
+// TestOCIDamagedImage: of an image whose bytes got lost on the disk there is no layer that looks well.
+func TestOCIDamagedImage(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, "")
+	spec := large("app", 200<<10)
+	spec.Compression = acitest.None // what is compressed is found to be damaged as it is read
+	damaged, sound := s.publish(spec), s.publish(app("sound"))
+	im, other := s.pullOCI(damaged.name, "1.0.0", damaged), s.pullOCI(sound.name, "1.0.0", sound)
+	s.server().end(sigterm)
+	found := 0
+	err := filepath.WalkDir(s.path("data", "store"), func(name string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.Contains(name, damaged.sum) {
+			return err
+		}
+		content, err := os.ReadFile(name)
+		if err != nil || !bytes.Equal(content, damaged.aci) {
+			return err
+		}
+		found++
+		content[100_000] ^= 1
+		return os.WriteFile(name, content, 0o600)
+	})
+	if err != nil || found != 1 {
+		t.Fatalf("the image is found %d times in the store, %v", found, err)
+	}
+	s.start()
+	a := s.get(s.oci(damaged.name, "blobs", im.manifest.Layers[0].Digest.String()))
+	if e, err := ociErrorOf(a); a.Status != http.StatusInternalServerError || err != nil || e.Code != "UNKNOWN" {
+		t.Errorf("the layer of a damaged image: %s, %v; want 500", described(a), err)
+	}
+	for _, field := range []string{"Docker-Content-Digest", "Etag", "Repr-Digest", "Accept-Ranges"} {
+		wantHeader(t, a, field, "")
+	}
+	wantHeader(t, a, "Cache-Control", "no-store")
+	if log := s.server().output(); !strings.Contains(log, "the layer of "+damaged.name+":1.0.0 was ") {
+		t.Errorf("the log doesn't say what is wrong:\n%s", log)
+	}
+	s.pullOCI(sound.name, other.digest, sound)
 }
