@@ -233,7 +233,10 @@ func needing(spec acitest.Spec, needed ...image) acitest.Spec {
 // wantConverted checks how many images the server has made OCI images of since it was started.
 func (s *scene) wantConverted(images int) {
 	s.t.Helper()
-	if got := strings.Count(s.server().output(), `"msg":"an OCI image was made"`); got != images {
+	made := func() int { return strings.Count(s.server().output(), `"msg":"an OCI image was made"`) }
+	// What the server has said may be on its way yet.
+	eventually(s.t, fmt.Sprintf("the log tells of %d OCI images that were made", images), func() bool { return made() >= images })
+	if got := made(); got != images {
 		s.t.Errorf("the log tells of %d OCI images that were made, want %d", got, images)
 	}
 }
@@ -1249,8 +1252,6 @@ func TestOCIDamagedImage(t *testing.T) {
 		wantHeader(t, a, field, "")
 	}
 	wantHeader(t, a, "Cache-Control", "no-store")
-	if log := s.server().output(); !strings.Contains(log, "the layer of "+damaged.name+":1.0.0 was ") {
-		t.Errorf("the log doesn't say what is wrong:\n%s", log)
-	}
+	eventually(t, "the log says what is wrong", func() bool { return strings.Contains(s.server().output(), "the layer of "+damaged.name+":1.0.0 was ") })
 	s.pullOCI(sound.name, other.digest, sound)
 }
