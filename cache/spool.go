@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/acproxy/acproxy"
@@ -38,7 +39,7 @@ type Spool struct {
 // matching [acproxy.ErrNoSpace] if there is no space that is free.
 func (d *Disk) Spool(what string, size int64) (*Spool, error) {
 	if d.readOnly {
-		return nil, errReadOnlySpool
+		return nil, noSpace(syscall.EROFS)
 	}
 	s := &Spool{disk: d, what: what, path: d.temp() + spoolExt, lease: new(lease)}
 	if err := s.promise(max(0, size)); err != nil {
@@ -64,8 +65,6 @@ func (s *Spool) promise(size int64) error {
 	s.promised += need
 	return nil
 }
-
-var errReadOnlySpool = &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: "read-only", Detail: "the store is on a read-only file system"}
 
 // Write appends to the spool. It returns an error matching [acproxy.ErrNoSpace] if there is no space that is free.
 func (s *Spool) Write(b []byte) (int, error) {

@@ -178,7 +178,7 @@ func showUsage(w io.Writer, u cache.Usage) error {
 		name  string
 		bytes int64
 	}{
-		{"blobs", u.Blobs}, {"sidecars", u.Sidecars}, {"index", u.Index}, {"arriving", u.Partials}, {"quarantine", u.Quarantine}, {"names", u.Names},
+		{"blobs", u.Blobs}, {"sidecars", u.Sidecars}, {"index", u.Index}, {"arriving", u.Partials}, {"spools", u.Spools}, {"quarantine", u.Quarantine}, {"names", u.Names},
 		{"directories", u.Directories}, {"open", u.Open},
 	} {
 		p.printf("%-12s %s\n", part.name, bytesText(part.bytes))

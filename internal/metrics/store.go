@@ -34,7 +34,7 @@ func (c storeCollector) Collect(out chan<- prometheus.Metric) {
 		name  string
 		bytes int64
 	}{
-		{"blobs", u.Blobs}, {"sidecars", u.Sidecars}, {"index", u.Index}, {"partials", u.Partials}, {"quarantine", u.Quarantine}, {"names", u.Names},
+		{"blobs", u.Blobs}, {"sidecars", u.Sidecars}, {"index", u.Index}, {"partials", u.Partials}, {"spools", u.Spools}, {"quarantine", u.Quarantine}, {"names", u.Names},
 		{"directories", u.Directories}, {"open", u.Open}, {"promised", u.Promised},
 	} {
 		labelled(out, bytesName, bytesHelp, "part", part.name, part.bytes)

@@ -83,7 +83,7 @@ type Bridge struct {
 
 	mu       sync.Mutex
 	made     map[string]bool // by key
-	byDigest map[acproxy.Digest][]string
+	byDigest map[acproxy.Digest][]place
 	layers   map[string]descriptor // by layerKey
 	unkept   map[string]*made      // by key, what could not be written down
 	spools   map[acproxy.Digest]*cache.Spool
@@ -96,7 +96,7 @@ type Bridge struct {
 
 // New returns a Bridge. Close ends what it has in progress.
 func New(cfg Config) (*Bridge, error) {
-	b := &Bridge{cfg: cfg, log: cfg.Log, now: cfg.Now, loaded: make(chan struct{}), made: make(map[string]bool), byDigest: make(map[acproxy.Digest][]string), layers: make(map[string]descriptor), unkept: make(map[string]*made), spools: make(map[acproxy.Digest]*cache.Spool)}
+	b := &Bridge{cfg: cfg, log: cfg.Log, now: cfg.Now, loaded: make(chan struct{}), made: make(map[string]bool), byDigest: make(map[acproxy.Digest][]place), layers: make(map[string]descriptor), unkept: make(map[string]*made), spools: make(map[acproxy.Digest]*cache.Spool)}
 	if b.log == nil {
 		b.log = slog.Default()
 	}
@@ -189,6 +189,8 @@ type Content struct {
 // Open has the file of a layer be there, if it can be, making it again if it isn't kept any more. The caller closes the content.
 func (c *Content) Open(ctx context.Context) (err error) {
 	if c.document == nil {
+		ctx, cancel := c.b.patient(ctx, c.pieces[c.layer].Name)
+		defer cancel()
 		c.file, err = c.b.open(ctx, c.pieces, c.layer)
 	}
 	return err
@@ -276,21 +278,21 @@ func (b *Bridge) known(ctx context.Context, q Query, digest acproxy.Digest, pick
 	if err := q.May(q.Name); err != nil {
 		return nil, err
 	}
-	ctx, cancel := b.patient(ctx, q.Name+"@"+digest.String())
+	ctx, cancel := b.patient(ctx, q.Name)
 	defer cancel()
-	keys := b.keys(digest)
+	keys := b.keys(digest, q.Name)
 	if len(keys) == 0 {
 		select {
 		case <-b.loaded:
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
-		keys = b.keys(digest)
+		keys = b.keys(digest, q.Name)
 	}
 	var first error
 	for _, key := range keys {
 		m, err := b.get(key)
-		if err != nil || m.Name != q.Name {
+		if err != nil {
 			continue
 		}
 		c, err := pick(m)
@@ -313,10 +315,27 @@ func (b *Bridge) known(ctx context.Context, q Query, digest acproxy.Digest, pick
 	return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-such-digest", Detail: fmt.Sprintf("no image of %s that was asked for by a tag has %v in it", q.Name, digest)}
 }
 
-func (b *Bridge) keys(digest acproxy.Digest) []string {
+// place is where something is that has a digest: in an image of a name, under a key.
+type place struct{ name, key string }
+
+// keys returns the keys of what was made of images of a name and has something of a digest in it.
+func (b *Bridge) keys(digest acproxy.Digest, name string) (keys []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return slices.Clone(b.byDigest[digest])
+	for _, at := range b.byDigest[digest] {
+		if at.name == name {
+			keys = append(keys, at.key)
+		}
+	}
+	return keys
+}
+
+// patient returns a context that ends when a client has been kept waiting for long enough.
+func (b *Bridge) patient(ctx context.Context, name string) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, b.cfg.Wait, &acproxy.Error{
+		Kind: acproxy.ErrBusy, Code: "converting", RetryAfter: 10 * time.Second,
+		Detail: fmt.Sprintf("what was asked for of %s is still being fetched or converted after %v: ask again, it goes on", name, b.cfg.Wait),
+	})
 }
 
 // get returns what was made under a key, or an error matching [fs.ErrNotExist].
@@ -341,7 +360,7 @@ func (b *Bridge) get(key string) (*made, error) {
 // to have a right to it. What is gone is fetched again.
 func (b *Bridge) servable(ctx context.Context, q Query, m *made) error {
 	for _, child := range m.Children {
-		for _, key := range b.keys(child) {
+		for _, key := range b.keys(child, m.Name) {
 			of, err := b.get(key)
 			if err != nil || of.Children != nil {
 				continue
@@ -392,7 +411,7 @@ func (b *Bridge) ensure(ctx context.Context, q Query, p piece) error {
 
 // tagged returns the manifest that a tag stands for.
 func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(string) bool) (*Content, error) {
-	ctx, cancel := b.patient(ctx, q.Name+":"+tag)
+	ctx, cancel := b.patient(ctx, q.Name)
 	defer cancel()
 	var all []*made
 	var status fetch.Status
@@ -431,14 +450,6 @@ func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(s
 	}
 	d := all[0].descriptor()
 	return &Content{MediaType: all[0].mediaType(), Digest: d.Digest, Size: d.Size, Status: status, Latest: tag == latest, document: all[0].Manifest}, nil
-}
-
-// patient returns a context that ends when a client has waited long enough for something.
-func (b *Bridge) patient(ctx context.Context, what string) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, b.cfg.Wait, &acproxy.Error{
-		Kind: acproxy.ErrBusy, Code: "converting", RetryAfter: 10 * time.Second,
-		Detail: fmt.Sprintf("%s is still being fetched or converted after %v: ask again, it goes on", what, b.cfg.Wait),
-	})
 }
 
 // indexOf returns the index of what an image is on several platforms.

@@ -41,7 +41,6 @@ type scene struct {
 	bridge  *Bridge
 	cfg     Config
 
-	strict    atomic.Bool  // nothing without a signature is accepted any more
 	converted atomic.Int64 // layers
 }
 

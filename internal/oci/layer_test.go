@@ -229,7 +229,6 @@ func TestWhatHasNoLayer(t *testing.T) {
 type shelf struct {
 	images map[string][]byte // by key, which is the image ID
 	byName map[string]string
-	hashed map[hash.Hash]string
 }
 
 func (s *shelf) GetImageManifest(key string) (*schema.ImageManifest, error) {

@@ -191,7 +191,7 @@ func (b *Bridge) index(m *made) {
 	}
 	b.made[m.Key] = true
 	for _, d := range m.digests() {
-		b.byDigest[d] = append(b.byDigest[d], m.Key)
+		b.byDigest[d] = append(b.byDigest[d], place{m.Name, m.Key})
 	}
 	if m.Format != format {
 		return
@@ -228,7 +228,7 @@ func (b *Bridge) load(files []fs.DirEntry) {
 	}
 	for _, m := range indexes {
 		// An index is of use as long as one of its images is.
-		if slices.ContainsFunc(m.Children, func(d acproxy.Digest) bool { return len(b.keys(d)) > 0 }) {
+		if slices.ContainsFunc(m.Children, func(d acproxy.Digest) bool { return len(b.keys(d, m.Name)) > 0 }) {
 			b.index(m)
 		} else if err := b.cfg.FS.Remove(b.file(m.Key)); err != nil {
 			b.log.Warn("forgetting an index", "image", m.Name, "err", err)
