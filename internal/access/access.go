@@ -121,6 +121,18 @@ func (g *Guard) May(who Identity, right Right, name string) bool {
 // Open reports whether there are no rules, so that anybody may read everything.
 func (g *Guard) Open() bool { return len(g.cfg.Load().Rules) == 0 }
 
+// Public reports whether anybody may read everything, with rules or without: nobody need show who it is.
+func (g *Guard) Public() bool {
+	rules := g.cfg.Load().Rules
+	if len(rules) == 0 {
+		return true
+	}
+	// The rule for every name, if there is one, is the last.
+	return rules[len(rules)-1].Prefix == "" && !slices.ContainsFunc(rules, func(rule Rule) bool {
+		return !covers(rule.May[Read], Identity{}) && !covers(rule.May[Admin], Identity{})
+	})
+}
+
 // covers reports whether a list of names covers a client.
 func covers(names []string, who Identity) bool {
 	for _, name := range names {

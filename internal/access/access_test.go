@@ -90,6 +90,27 @@ func TestMayRead(t *testing.T) {
 	}
 }
 
+func TestPublic(t *testing.T) {
+	read := func(names ...string) map[Right][]string { return map[Right][]string{Read: names} }
+	for _, tt := range []struct {
+		name  string
+		rules []Rule
+		want  bool
+	}{
+		{"no rules", nil, true},
+		{"anyone", []Rule{{"", read(Anyone)}}, true},
+		{"anyone, as administrators", []Rule{{"", map[Right][]string{Admin: {Anyone}}}}, true},
+		{"anyone, everywhere", []Rule{{"", read(Anyone)}, {"example.com", read("alice", Anyone)}}, true},
+		{"anyone, but for a prefix", []Rule{{"", read(Anyone)}, {"example.com/secret", read("alice")}}, false},
+		{"anyone, for a prefix", []Rule{{"example.com", read(Anyone)}}, false},
+		{"whoever is known", []Rule{{"", read(Known)}}, false},
+	} {
+		if got := New(Config{Rules: tt.rules}).Public(); got != tt.want {
+			t.Errorf("%s: Public = %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}
+
 func TestMayOtherThings(t *testing.T) {
 	all := []Rule{
 		{"", map[Right][]string{Read: {Anyone}, Pin: {"ci"}, Admin: {"root"}}},

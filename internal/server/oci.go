@@ -15,7 +15,6 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/fetch"
-	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/oci"
 	"github.com/acproxy/acproxy/internal/problem"
 )
@@ -126,7 +125,7 @@ func ociSeparator(what string) string {
 // that not everybody may have.
 func (s *Server) ociRoot(w http.ResponseWriter, r *http.Request) error {
 	noteRef(w, KindOCI, "")
-	if guard := s.cfg.Guard; guard != nil && !guard.May(access.Identity{}, access.Read, "") {
+	if guard := s.cfg.Guard; guard != nil && !guard.Public() {
 		if who, wrong := s.identify(w, r); who.Name == "" {
 			return s.challenge(w, r, wrong, "not everything here is for everybody")
 		}

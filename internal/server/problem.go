@@ -24,7 +24,7 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	note(w, err)
 	h := w.Header()
-	for _, name := range []string{"Content-Length", "Content-Range", "ETag", "Last-Modified", "Repr-Digest", "Accept-Ranges"} {
+	for _, name := range []string{"Content-Length", "Content-Range", "ETag", "Last-Modified", "Repr-Digest", "Accept-Ranges", "Docker-Content-Digest"} {
 		h.Del(name)
 	}
 	h.Set("Cache-Control", "no-store")
