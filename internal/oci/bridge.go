@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -212,15 +213,46 @@ func (c *Content) Close() error {
 	return c.file.Close()
 }
 
-// WriteTo writes the content. What is written of a layer is what its digest says, unless the image's bytes got lost.
+// WriteTo writes the content. If a layer turns out not to be what its digest says, because the disk has lost bytes of the image, that is an error, and the end of
+// it is not written.
 func (c *Content) WriteTo(w io.Writer) (int64, error) {
 	if c.document != nil {
 		n, err := w.Write(c.document)
 		return int64(n), err
 	}
 	counted := &counter{w: w}
-	err := c.b.writeLayer(counted, c.pieces, c.layer)
+	last := &heldBack{w: counted, hash: sha256.New()}
+	err := c.b.writeLayer(last, c.pieces, c.layer)
+	if err == nil {
+		err = last.end(c.Digest)
+	}
 	return counted.n, err
+}
+
+// heldBack writes what is written to it, but for what came last, until it is known what all of it is.
+type heldBack struct {
+	w    io.Writer
+	hash hash.Hash
+	last []byte
+}
+
+// Write writes what was written before.
+func (h *heldBack) Write(p []byte) (int, error) {
+	if _, err := h.w.Write(h.last); err != nil {
+		return 0, err
+	}
+	h.hash.Write(p)
+	h.last = append(h.last[:0], p...)
+	return len(p), nil
+}
+
+// end writes the rest, if all of it is what it should be.
+func (h *heldBack) end(want acproxy.Digest) error {
+	if got := acproxy.Digest(h.hash.Sum(nil)); got != want {
+		return fmt.Errorf("the layer %v came out as %v: its image has been damaged", want, got)
+	}
+	_, err := h.w.Write(h.last)
+	return err
 }
 
 // counter counts what is written.
@@ -477,13 +509,24 @@ func (b *Bridge) forPlatform(ctx context.Context, q Query, tag string, platform 
 	if err != nil {
 		return nil, 0, err
 	}
-	var refs []acproxy.Ref
+	var first error
 	for _, version := range versions {
-		more, err := b.refs(ctx, q.Name, map[string]string{acproxy.LabelVersion: version}, platform)
-		if err != nil {
-			return nil, 0, err
+		m, status, err := b.ofVersion(ctx, q, version, platform)
+		if err == nil || !absent(err) {
+			return m, status, err
 		}
-		refs = append(refs, more...)
+		if first == nil {
+			first = err
+		}
+	}
+	return nil, 0, first
+}
+
+// ofVersion returns what is made of a version of an image, and of those that it needs, for a platform.
+func (b *Bridge) ofVersion(ctx context.Context, q Query, version string, platform Platform) (*made, fetch.Status, error) {
+	refs, err := b.refs(ctx, q.Name, map[string]string{acproxy.LabelVersion: version}, platform)
+	if err != nil {
+		return nil, 0, err
 	}
 	pieces, status, err := b.gather(ctx, q, refs, platform)
 	if err != nil {

@@ -42,6 +42,7 @@ type scene struct {
 	cfg     Config
 
 	converted atomic.Int64 // layers
+	missed    atomic.Int64 // names and refs
 }
 
 func newScene(t testing.TB, change ...func(*Config)) *scene {
@@ -59,6 +60,7 @@ func newScene(t testing.TB, change ...func(*Config)) *scene {
 	s.finder = discovery.New(discovery.Config{Web: client})
 	s.fetcher = fetch.New(fetch.Config{
 		Store: s.store, Discovery: s.finder, Web: client, Keyring: s.keys.Current, Offline: true, Log: quiet,
+		Missed:   func(acproxy.Ref, bool, error) { s.missed.Add(1) },
 		Policies: []fetch.Policy{{Trust: trust.Policy{Signature: trust.Optional}}},
 	})
 	s.cfg = Config{
@@ -533,6 +535,62 @@ func TestNoSpool(t *testing.T) {
 		}
 		s.blob("example.com/app", m.Layers[0])
 	})
+}
+
+// TestDamagedImage changes a byte of an image that isn't compressed, and has its layer sent without a file.
+func TestDamagedImage(t *testing.T) {
+	for _, keep := range []bool{true, false} {
+		t.Run(fmt.Sprint(keep), func(t *testing.T) {
+			s := newScene(t, func(c *Config) {
+				if !keep {
+					c.Spool = nil
+				}
+			})
+			rec := s.put(acitest.Spec{Name: "example.com/app", Compression: acitest.None, Files: map[string]string{"a": strings.Repeat("a", 100_000)}})
+			_, m := s.manifest("example.com/app", latest)
+			s.reopen() // what was kept of it is gone
+			file := filepath.Join(s.dir, "store", "blobs", rec.Digest.Hex()[:2], rec.Digest.Hex())
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b[bytes.LastIndexByte(b, 'a')] ^= 1
+			if err := os.WriteFile(file, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			digest, err := acproxy.ParseDigest(m.Layers[0].Digest.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := s.bridge.Blob(t.Context(), query("example.com/app"), digest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var sent bytes.Buffer
+			if err = c.Open(t.Context()); err == nil && !keep {
+				_, err = c.WriteTo(&sent)
+			}
+			if err == nil || c.File() != nil || int64(sent.Len()) >= c.Size {
+				t.Errorf("%d of %d bytes are sent, %v", sent.Len(), c.Size, err)
+			}
+		})
+	}
+}
+
+// TestNobodyIsAskedForWhatIsHeld pulls what is held while nothing is known of its name.
+func TestNobodyIsAskedForWhatIsHeld(t *testing.T) {
+	s := newScene(t)
+	s.putApp()
+	if _, ok := s.store.Known("example.com/app"); ok {
+		t.Fatal("something is known of the name")
+	}
+	s.manifest("example.com/app", "1.0_git")
+	if n := s.missed.Load(); n != 0 {
+		t.Errorf("%d times something was missed that is held", n)
+	}
+	if _, err := s.bridge.Manifest(t.Context(), query("example.com/app"), "2", anything); !absent(err) || s.missed.Load() == 0 {
+		t.Errorf("what isn't held: %v, missed %d times", err, s.missed.Load())
+	}
 }
 
 // TestWhoWaitsTooLong keeps a client waiting for longer than it may be, and ends the bridge while something is made.

@@ -187,16 +187,24 @@ func (b *Bridge) needOf(ctx context.Context, by cache.Record, dep cache.Dependen
 	return need{refs: refs, as: as, id: dep.ImageID, platform: platform}, err
 }
 
-// refs returns what an image may be asked for as: with those of its labels, and of the platform's, that its publisher's first template that can be filled in
-// has variables for. A node does the same with the template that it is told. Where nothing is known of the name it is asked for with all of them first, and
-// then without the platform: there are images for every one.
+// refs returns what an image may be asked for as: with all of its labels and the platform's, or without the platform's, because there are images for every
+// one, if either is held, so that nobody has to be asked; else with those that its publisher's first template that can be filled in has variables for. A node
+// does the same with the template that it is told. Where nothing can be found out about the name, what is asked for is the former.
 func (b *Bridge) refs(ctx context.Context, name string, labels map[string]string, platform Platform) ([]acproxy.Ref, error) {
 	full := map[string]string{acproxy.LabelOS: platform.OS, acproxy.LabelArch: platform.Arch}
 	maps.Copy(full, labels)
+	both, err := distinct(name, full, labels)
+	if err != nil {
+		return nil, err
+	}
+	for _, ref := range both {
+		if _, rec, err := b.cfg.Store.Resolve(ctx, ref); err == nil && platform.fits(rec.Labels) {
+			return []acproxy.Ref{ref}, nil
+		}
+	}
 	found, err := b.cfg.Fetcher.Discover(ctx, name)
 	if err != nil {
-		// What is held is held, whatever can be found out about its name.
-		return distinct(name, full, labels)
+		return both, nil //nolint:nilerr // asking for them says what is wrong
 	}
 	for _, t := range found.Templates {
 		asked, fits := make(map[string]string), true
@@ -218,7 +226,7 @@ func (b *Bridge) refs(ctx context.Context, name string, labels map[string]string
 			return distinct(name, asked)
 		}
 	}
-	return distinct(name, full, labels)
+	return both, nil
 }
 
 // distinct returns the refs of a name with some labels, each once.
