@@ -164,17 +164,22 @@ func (d *Disk) record(digest acproxy.Digest) (Record, error) {
 
 // beside returns everything about an image that the index doesn't name yet, from its sidecar.
 func (d *Disk) beside(digest acproxy.Digest) (*image, error) {
-	// With its blob: a sidecar alone may be of a commit that never came to be.
-	if _, err := os.Lstat(d.blobPath(digest)); errors.Is(err, fs.ErrNotExist) {
-		return nil, notHeld(digest)
-	} else if err != nil {
+	_, err := os.Lstat(d.blobPath(digest))
+	gone := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !gone {
 		return nil, err
 	}
 	img, err := d.readSidecar(digest)
-	if errors.Is(err, fs.ErrNotExist) || unreadable(err) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || unreadable(err):
+		return nil, notHeld(digest)
+	case err != nil:
+		return nil, err
+	case gone && !img.Record.lost():
+		// A sidecar alone may be of a commit that never came to be, unless it says itself that the blob was there and is lost.
 		return nil, notHeld(digest)
 	}
-	return img, err
+	return img, nil
 }
 
 // imageLocked returns everything about an image whose lock the caller holds, nil if it is not held.
