@@ -200,7 +200,7 @@ func mergeRefs(before, after []Resolution) []Resolution {
 func (d *Disk) number(refs []Resolution) error {
 	err := d.view(func(tx *bolt.Tx) error {
 		for _, r := range refs {
-			before, _, err := getRow(tx, bucketRefs, []byte(r.Ref.String()), takeResolution)
+			before, _, err := getRow(tx, bucketRefs, []byte(r.Ref.String()), takeAnswered)
 			if err != nil {
 				return err
 			}

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
 	"sync"
@@ -36,9 +37,45 @@ type tree struct {
 
 // branch is a branch page that was found in order. Branches don't change, and are shared by the snapshots that they belong to.
 type branch struct {
+	// What a search goes by comes first, and in few pieces: most of a search is waiting for memory that no processor has in its cache.
+	heads    []uint64  // the eight bytes of each key after those that all of them begin with
+	shared   int       // bytes that all keys begin with
+	begin    [40]byte  // of those, as many as there is room for
+	children []*branch // nil if leaf pages are below
 	id       uint64
 	page     []byte
-	children []*branch // nil if leaf pages are below
+}
+
+// index fills in what find goes by.
+func (b *branch) index() {
+	n := b.count()
+	first, last := b.key(0), b.key(n-1)
+	for b.shared < min(len(first), len(last)) && first[b.shared] == last[b.shared] {
+		b.shared++
+	}
+	copy(b.begin[:], first[:b.shared])
+	b.heads = make([]uint64, n)
+	for i := range b.heads {
+		b.heads[i] = firstEight(b.key(i)[b.shared:])
+	}
+}
+
+// prefix returns the bytes that all keys begin with.
+func (b *branch) prefix() []byte {
+	if b.shared <= len(b.begin) {
+		return b.begin[:b.shared]
+	}
+	return b.key(0)[:b.shared]
+}
+
+// firstEight returns the first eight bytes of a key as a number that is not larger than that of any key after it.
+func firstEight(key []byte) uint64 {
+	if len(key) >= 8 {
+		return binary.BigEndian.Uint64(key)
+	}
+	var b [8]byte
+	copy(b[:], key)
+	return binary.BigEndian.Uint64(b[:])
 }
 
 func (b *branch) count() int { return int(order.Uint16(b.page[10:])) }
@@ -53,14 +90,28 @@ func (b *branch) child(i int) uint64 { return order.Uint64(b.page[pageHeader+i*e
 
 // find returns the last child whose keys begin at or before key, the first one if there is none; with before, at keys that are before it.
 func (b *branch) find(key []byte, before bool) int {
-	low, high := 0, b.count()
+	low, high := 0, len(b.heads)
+	begins := min(b.shared, len(key))
+	switch c := bytes.Compare(key[:begins], b.prefix()); {
+	case c < 0:
+		return 0
+	case c > 0:
+		return high - 1
+	}
+	at := firstEight(key[begins:])
 	for low < high {
-		middle := (low + high) / 2
-		if c := bytes.Compare(b.key(middle), key); c < 0 || c == 0 && !before {
+		middle := int(uint(low+high) / 2)
+		switch {
+		case b.heads[middle] < at:
 			low = middle + 1
-		} else {
-			high = middle
+			continue
+		case b.heads[middle] == at:
+			if c := bytes.Compare(b.key(middle), key); c < 0 || c == 0 && !before {
+				low = middle + 1
+				continue
+			}
 		}
+		high = middle
 	}
 	return max(low-1, 0)
 }
@@ -72,6 +123,7 @@ type snapshots struct {
 	begun atomic.Uint64 // transactions, counted before they begin
 	lost  atomic.Bool   // what the last one left could not be read, so that there will be no further snapshot
 	looks sync.Pool     // of *look
+	same  *same         // is shared by the rows that are looked up; nil means nothing is
 }
 
 // take makes what is in the file now the last snapshot. No transaction may be open for writing.
@@ -121,7 +173,7 @@ func (s *snapshots) size() int64 {
 func (s *snapshots) look(do func(*look) error) error {
 	l, ok := s.looks.Get().(*look)
 	if !ok {
-		l = &look{f: s.f}
+		l = &look{f: s.f, decoder: decoder{same: s.same}}
 	}
 	defer s.looks.Put(l)
 	for {
@@ -141,6 +193,9 @@ type look struct {
 	f        *os.File
 	snapshot *snapshot
 	buf      []byte
+	key      []byte // for whoever puts a key together
+	ready    readyReader
+	decoder  decoder
 }
 
 // read reads a page whole. It is valid until the next one is read.
@@ -151,7 +206,7 @@ func (l *look) read(id uint64, kind uint16) ([]byte, error) {
 			l.buf = make([]byte, size)
 		}
 		b := l.buf[:size]
-		n, err := l.f.ReadAt(b, int64(id)*l.snapshot.pageSize)
+		n, err := l.ready.read(l.f, b, int64(id)*l.snapshot.pageSize)
 		switch {
 		case errors.Is(err, os.ErrClosed):
 			return nil, errClosed
@@ -405,6 +460,7 @@ func (l *look) branch(id uint64, depth int, near *branch) (*branch, error) {
 	if n == 0 {
 		return nil, broken("branch page %d is empty", id)
 	}
+	page.index()
 	first, err := l.branch(page.child(0), depth+1, near.at(0))
 	if first == nil || err != nil {
 		return page, err
