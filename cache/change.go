@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -144,10 +143,6 @@ func clone(r Record) Record {
 	r.Dependencies = slices.Clone(r.Dependencies)
 	for i := range r.Dependencies {
 		r.Dependencies[i].Labels = maps.Clone(r.Dependencies[i].Labels)
-	}
-	r.Hashed = maps.Clone(r.Hashed)
-	for k, v := range r.Hashed {
-		r.Hashed[k] = bytes.Clone(v)
 	}
 	return r
 }

@@ -277,8 +277,8 @@ func branchOf(keys []string) *branch {
 func BenchmarkTakeAnswer(b *testing.B) {
 	img := smallImage(b, "x", "example.com/app:1")
 	rec := &img.Record
-	rec.Hashed, rec.Signers = map[string][]byte{"SHA-512": make([]byte, 204)}, []Signer{{Fingerprint: strings.Repeat("ab", 20), Signed: time.Unix(1, 0)}}
-	img.Refs[0].Validators = map[string]string{"ETag": `"1"`, "Last-Modified": "Sun, 01 Mar 2026 11:00:00 GMT"}
+	rec.Hashed, rec.Signers = HashesOf(map[string][]byte{"SHA-512": make([]byte, 204)}), []Signer{{Fingerprint: strings.Repeat("ab", 20), Signed: time.Unix(1, 0)}}
+	img.Refs[0].Validators = ValidatorsOf(map[string]string{"ETag": `"1"`, "Last-Modified": "Sun, 01 Mar 2026 11:00:00 GMT"})
 	row := appendAnswer(nil, img.Refs[0], appendHeld(nil, held{Record: *rec}))
 	d := decoder{same: newSame()}
 	b.ReportAllocs()

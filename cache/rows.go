@@ -159,7 +159,7 @@ func appendHeld(b []byte, h held) []byte {
 		}
 		b = appendTime(b, s.Signed)
 	}
-	b = appendBytesMap(b, h.Hashed)
+	b = appendPacked(b, h.Hashed)
 	for _, text := range []string{h.Compression, h.RktWarning, h.Policy, h.Source, h.ETag, string(h.State), h.Code, h.Reason} {
 		b = appendString(b, text)
 	}
@@ -192,7 +192,7 @@ func takeHeld(d *decoder) held {
 	h.Signers = decoded(d, 6, func(d *decoder) Signer {
 		return Signer{Fingerprint: d.string(), KeyID: d.string(), UserID: d.string(), Prefix: d.string(), Algorithm: d.string(), Signed: d.time()}
 	})
-	h.Hashed = d.bytesMap()
+	h.Hashed = Hashes(d.packed((*decoder).skipBytesMap))
 	h.Compression, h.RktWarning, h.Policy, h.Source, h.ETag = d.string(), d.string(), d.string(), d.string(), d.string()
 	h.State, h.Code, h.Reason = State(d.string()), d.string(), d.string()
 	h.Modified, h.Fetched, h.Verified, h.Used = d.time(), d.time(), d.time(), d.time()
@@ -206,7 +206,7 @@ func appendResolution(b []byte, r Resolution) []byte {
 	for _, t := range []time.Time{r.Modified, r.Validated, r.Gone} {
 		b = appendTime(b, t)
 	}
-	b = appendStringMap(b, r.Validators)
+	b = appendPacked(b, r.Validators)
 	return binary.AppendVarint(b, r.Pointed)
 }
 
@@ -215,7 +215,7 @@ func takeResolution(d *decoder) Resolution {
 	d.array(r.Digest[:])
 	r.Source = d.string()
 	r.Modified, r.Validated, r.Gone = d.time(), d.time(), d.time()
-	r.Validators = d.stringMap()
+	r.Validators = Validators(d.packed((*decoder).skipStringMap))
 	r.Pointed = d.varint()
 	return r
 }
