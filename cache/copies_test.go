@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"math/rand/v2"
@@ -237,7 +236,16 @@ func TestFindAmongKeys(t *testing.T) {
 		}
 		slices.Sort(keys)
 		keys = slices.Compact(keys)
-		b := branchOf(keys)
+		var asBytes [][]byte
+		for _, key := range keys {
+			asBytes = append(asBytes, []byte(key))
+		}
+		b := newBranch(7, asBytes, make([]uint64, len(keys)))
+		for i, key := range keys {
+			if got := (bound{b, i}).key(); string(got) != key {
+				t.Fatalf("round %d: key %d of %q is %q", round, i, keys, got)
+			}
+		}
 		asked := append(slices.Clone(keys), "", prefix, prefix[:len(prefix)/2], "\x00", "\xff\xff\xff\xff\xff\xff\xff\xff\xff")
 		for range 100 {
 			asked = append(asked, prefix+word(), word(), keys[random.IntN(len(keys))]+word())
@@ -256,21 +264,6 @@ func TestFindAmongKeys(t *testing.T) {
 			}
 		}
 	}
-}
-
-// branchOf returns a branch page with these keys.
-func branchOf(keys []string) *branch {
-	var elements, text bytes.Buffer
-	for i, key := range keys {
-		pos := (len(keys)-i)*elementSize + text.Len()
-		elements.Write(order.AppendUint32(order.AppendUint32(nil, uint32(pos)), uint32(len(key))))
-		elements.Write(order.AppendUint64(nil, uint64(i)))
-		text.WriteString(key)
-	}
-	page := order.AppendUint16(order.AppendUint16(make([]byte, 8), branchPage), uint16(len(keys)))
-	b := &branch{page: slices.Concat(order.AppendUint32(page, 0), elements.Bytes(), text.Bytes())}
-	b.index()
-	return b
 }
 
 // BenchmarkTakeAnswer takes the row of a ref apart.
