@@ -272,7 +272,7 @@ func BenchmarkTakeAnswer(b *testing.B) {
 	rec := &img.Record
 	rec.Hashed, rec.Signers = HashesOf(map[string][]byte{"SHA-512": make([]byte, 204)}), []Signer{{Fingerprint: strings.Repeat("ab", 20), Signed: time.Unix(1, 0)}}
 	img.Refs[0].Validators = ValidatorsOf(map[string]string{"ETag": `"1"`, "Last-Modified": "Sun, 01 Mar 2026 11:00:00 GMT"})
-	row := appendAnswer(nil, img.Refs[0], appendHeld(nil, held{Record: *rec}))
+	row := answerRow(img.Refs[0], appendHeld(nil, held{Record: *rec}))
 	d := decoder{same: newSame()}
 	b.ReportAllocs()
 	for b.Loop() {

@@ -436,7 +436,7 @@ func consistentRows(tx *bolt.Tx) error {
 			if b == nil {
 				return inconsistent("the ref %v answers %v, which is not among %s", r.Ref, r.Digest, bucket)
 			}
-			if bucket == bucketRecords && !bytes.Equal(value, appendAnswer(nil, r, b)) {
+			if bucket == bucketRecords && !bytes.Equal(value, answerRow(r, b)) {
 				return inconsistent("the ref %v has a record of %v beside it that is not the one among %s", r.Ref, r.Digest, bucket)
 			}
 		}

@@ -223,10 +223,10 @@ func takeResolution(d *decoder) Resolution {
 // maxCopied bounds the row of a record that has a copy beside each of its refs: two rows have to fit onto a page, or it takes two.
 const maxCopied = 1536
 
-// appendAnswer appends the row of a ref: its resolution, and a copy of the row of the record that it answers, so that who asks for a ref reads one page
+// answerRow returns the row of a ref: its resolution, and a copy of the row of the record that it answers, so that who asks for a ref reads one page
 // and not two. There is no copy of a record that is longer than maxCopied.
-func appendAnswer(b []byte, r Resolution, record []byte) []byte {
-	b = appendResolution(b, r)
+func answerRow(r Resolution, record []byte) []byte {
+	b := appendResolution(nil, r)
 	if len(record) > maxCopied {
 		return b
 	}
@@ -371,7 +371,7 @@ func copyRecord(tx *bolt.Tx, img *image) error {
 		var r Resolution
 		var ok bool
 		if r, ok, err = getRow(tx, bucketRefs, key, takeAnswered); ok && r.Digest == digest {
-			err = put(tx, bucketRefs, key, appendAnswer(nil, r, appendHeld(nil, held{img.Record, img.sidecar})))
+			err = put(tx, bucketRefs, key, answerRow(r, appendHeld(nil, held{img.Record, img.sidecar})))
 		}
 	}
 	return err
@@ -433,9 +433,9 @@ func putRef(tx *bolt.Tx, r Resolution, record []byte) (loser acproxy.Digest, err
 	}
 	if ok && before.Digest == r.Digest && before.Pointed > r.Pointed {
 		// What is known of the answer stays; what is known of the image may be new.
-		return loser, put(tx, bucketRefs, key, appendAnswer(nil, before, record))
+		return loser, put(tx, bucketRefs, key, answerRow(before, record))
 	}
-	if err := put(tx, bucketRefs, key, appendAnswer(nil, r, record)); err != nil {
+	if err := put(tx, bucketRefs, key, answerRow(r, record)); err != nil {
 		return loser, err
 	}
 	return loser, put(tx, bucketHeld, append(r.Digest[:], key...), nil)
