@@ -147,14 +147,20 @@ func (r Ref) Labels() map[string]string {
 
 // String returns the ref as [ParseRef] reads it; it is canonical.
 func (r Ref) String() string {
-	s := r.name
+	b, _ := r.AppendText(make([]byte, 0, len(r.name)+len(r.version)+len(r.labels)+2))
+	return string(b)
+}
+
+// AppendText appends the ref as String returns it. There is no error.
+func (r Ref) AppendText(b []byte) ([]byte, error) {
+	b = append(b, r.name...)
 	if r.version != "" {
-		s += ":" + escape(r.version)
+		b = append(append(b, ':'), escape(r.version)...)
 	}
 	if r.labels != "" {
-		s += "," + r.labels
+		b = append(append(b, ','), r.labels...)
 	}
-	return s
+	return b, nil
 }
 
 // IsZero reports whether r is the zero Ref.

@@ -41,6 +41,18 @@ func TestParseRef(t *testing.T) {
 	}
 }
 
+func TestRefAppendsItsText(t *testing.T) {
+	for _, text := range []string{"example.com/app", "example.com/app:1.0", "example.com/app:a%2Cb%20c", "example.com/app,os=linux", "example.com/app:1,arch=amd64,os=linux"} {
+		ref, err := ParseRef(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, err := ref.AppendText([]byte("ref=")); err != nil || string(b) != "ref="+text || ref.String() != text {
+			t.Errorf("AppendText = %q, %v, String = %q, want %q", b, err, ref, text)
+		}
+	}
+}
+
 func TestParseRefRefuses(t *testing.T) {
 	for _, tt := range []struct {
 		name, in, says string

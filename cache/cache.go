@@ -29,7 +29,7 @@ type Record struct {
 	RktWarning      string         `json:"rktWarning,omitempty"` // why rkt's own check will refuse what is accepted here
 	Policy          string         `json:"policy,omitempty"`     // what was asked of the signature when the image was accepted
 	// Hashed are the hash states from which the signature can be judged again without reading the blob.
-	Hashed map[string][]byte `json:"hashed,omitempty"`
+	Hashed Hashes `json:"hashed,omitempty"`
 
 	Source   string    `json:"source,omitempty"` // the URL it came from
 	Modified time.Time `json:"modified,omitzero"`
@@ -100,7 +100,7 @@ type Resolution struct {
 	Validated time.Time      `json:"validated,omitzero"` // when the publisher last said that this is still the answer
 	Gone      time.Time      `json:"gone,omitzero"`      // since when the publisher has said that there is no such image; zero if it hasn't
 	// Validators are what the publisher sent to compare with later, by names that the fetching side chooses.
-	Validators map[string]string `json:"validators,omitempty"`
+	Validators Validators `json:"validators,omitempty"`
 	// Pointed orders the answers that one ref has had. The store sets it.
 	Pointed int64 `json:"pointed"`
 }

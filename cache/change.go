@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -145,10 +144,6 @@ func clone(r Record) Record {
 	for i := range r.Dependencies {
 		r.Dependencies[i].Labels = maps.Clone(r.Dependencies[i].Labels)
 	}
-	r.Hashed = maps.Clone(r.Hashed)
-	for k, v := range r.Hashed {
-		r.Hashed[k] = bytes.Clone(v)
-	}
 	return r
 }
 
@@ -200,7 +195,7 @@ func mergeRefs(before, after []Resolution) []Resolution {
 func (d *Disk) number(refs []Resolution) error {
 	err := d.view(func(tx *bolt.Tx) error {
 		for _, r := range refs {
-			before, _, err := getRow(tx, bucketRefs, []byte(r.Ref.String()), takeResolution)
+			before, _, err := getRow(tx, bucketRefs, []byte(r.Ref.String()), takeAnswered)
 			if err != nil {
 				return err
 			}

@@ -2,9 +2,14 @@ package cache
 
 import (
 	"encoding/binary"
+	"hash/maphash"
 	"maps"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"time"
+
+	"github.com/acproxy/acproxy"
 )
 
 // This file has what most rows of the index are made of. A row is its fields one after the other, in an order that only the schema's number
@@ -51,6 +56,7 @@ func appendBytesMap(b []byte, m map[string][]byte) []byte {
 type decoder struct {
 	left string
 	bad  bool
+	same *same // nil means that nothing is shared with other rows
 }
 
 // ok reports whether the row was all that was taken from it, and no more.
@@ -161,4 +167,99 @@ func decoded[T any](d *decoder, size int, one func(*decoder) T) []T {
 		list[i] = one(d)
 	}
 	return list
+}
+
+// same has what many rows say in the same words in the form in which it is asked for: the labels and the dependencies of images are made once, and not
+// for each look-up. What was made last stays, each in the one slot that its bytes have. It is safe for concurrent use.
+type same struct {
+	seed         maphash.Seed
+	labels       [sameSlots]sameSlot[map[string]string]
+	dependencies [sameSlots]sameSlot[[]Dependency]
+}
+
+const (
+	sameSlots = 4096
+	// maxSame bounds the bytes of what is shared.
+	maxSame = 512
+)
+
+type sameSlot[T any] struct {
+	asked atomic.Uint64 // the hash of what was asked for last, and is not here
+	made  atomic.Pointer[made[T]]
+}
+
+type made[T any] struct {
+	from string
+	v    T
+}
+
+func newSame() *same { return &same{seed: maphash.MakeSeed()} }
+
+// share returns what take takes from d, which is as long as skip skips: what was made before from the same bytes, if it is still in its slot. It is
+// kept there when it is asked for twice in a row.
+func share[T any](d *decoder, slots *[sameSlots]sameSlot[T], skip func(*decoder), take func(*decoder) T) T {
+	before := *d
+	skip(d)
+	after := *d
+	*d = before
+	n := len(before.left) - len(after.left)
+	if after.bad || n <= 1 || n > maxSame {
+		return take(d)
+	}
+	from := d.left[:n]
+	hash := maphash.String(d.same.seed, from)
+	slot := &slots[hash%sameSlots]
+	m := slot.made.Load()
+	switch {
+	case m != nil && m.from == from:
+	case slot.asked.Load() != hash:
+		slot.asked.Store(hash)
+		return take(d)
+	default:
+		// A row that it is part of must not be kept for it.
+		m = &made[T]{from: strings.Clone(from)}
+		m.v = take(&decoder{left: m.from})
+		slot.made.Store(m)
+	}
+	*d = after
+	return m.v
+}
+
+func (d *decoder) labels() map[string]string {
+	if d.same == nil {
+		return d.stringMap()
+	}
+	return share(d, &d.same.labels, (*decoder).skipStringMap, (*decoder).stringMap)
+}
+
+func (d *decoder) skipStringMap() {
+	for range 2 * d.count(2) {
+		d.string()
+	}
+}
+
+func (d *decoder) dependencies() []Dependency {
+	if d.same == nil {
+		return takeDependencies(d)
+	}
+	return share(d, &d.same.dependencies, func(d *decoder) {
+		for range d.count(4) {
+			d.string()
+			d.skipStringMap()
+			d.varint()
+			if d.uvarint() != 0 {
+				d.bytes(len(acproxy.ImageID{}))
+			}
+		}
+	}, takeDependencies)
+}
+
+func takeDependencies(d *decoder) []Dependency {
+	return decoded(d, 4, func(d *decoder) Dependency {
+		dep := Dependency{Name: d.string(), Labels: d.stringMap(), Size: d.varint()}
+		if d.uvarint() != 0 {
+			d.array(dep.ImageID[:])
+		}
+		return dep
+	})
 }

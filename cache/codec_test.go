@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"encoding/json"
 	"math"
 	"math/rand/v2"
 	"reflect"
@@ -56,7 +57,14 @@ func randomize(r *rand.Rand, v reflect.Value) {
 		v.Set(reflect.ValueOf(time.Unix(r.Int64N(1<<36)-1<<35, r.Int64N(1e9)).UTC()))
 		return
 	}
-	if v.Type() == reflect.TypeFor[acproxy.Ref]() {
+	switch v.Type() {
+	case reflect.TypeFor[acproxy.Ref]():
+		return
+	case reflect.TypeFor[Hashes]():
+		v.Set(reflect.ValueOf(HashesOf(randomMap[[]byte](r))))
+		return
+	case reflect.TypeFor[Validators]():
+		v.Set(reflect.ValueOf(ValidatorsOf(randomMap[string](r))))
 		return
 	}
 	switch v.Kind() {
@@ -95,6 +103,62 @@ func randomize(r *rand.Rand, v reflect.Value) {
 		v.SetUint(uint64(r.Uint32() & 0xff))
 	default:
 		panic("a field of a kind that is new: " + v.Type().String())
+	}
+}
+
+func randomMap[V any](r *rand.Rand) map[string]V {
+	m := make(map[string]V)
+	randomize(r, reflect.ValueOf(&m).Elem())
+	return m
+}
+
+// TestPackedMapsAreWhatTheyWere: hash states and validators come back as they were put in, from rows and from JSON.
+func TestPackedMapsAreWhatTheyWere(t *testing.T) {
+	for seed := range uint64(200) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		hashes, validators := randomMap[[]byte](r), randomMap[string](r)
+		h, v := HashesOf(hashes), ValidatorsOf(validators)
+		if got := h.Map(); !reflect.DeepEqual(got, hashes) && len(got)+len(hashes) > 0 {
+			t.Fatalf("%v became %v", hashes, got)
+		}
+		if got := v.Map(); !reflect.DeepEqual(got, validators) && len(got)+len(validators) > 0 {
+			t.Fatalf("%v became %v", validators, got)
+		}
+		for name, want := range validators {
+			if got := v.Get(name); got != want {
+				t.Fatalf("%q is %q, want %q", name, got, want)
+			}
+		}
+		if got := v.Get("no such validator"); got != "" {
+			t.Fatalf("what isn't there is %q", got)
+		}
+	}
+	for _, tt := range []struct{ name, json, want string }{
+		{"none", `{}`, `{}`},
+		{"null is none", `{"Hashed":null,"Validators":null}`, `{}`},
+		{"empty is none", `{"Hashed":{},"Validators":{}}`, `{}`},
+		{"some", `{"Validators":{"b":"2","a":""},"Hashed":{"SHA-512":"AQI=","empty":"","nil":null}}`,
+			`{"Hashed":{"SHA-512":"AQI=","empty":"","nil":null},"Validators":{"a":"","b":"2"}}`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var v struct {
+				Hashed     Hashes     `json:",omitempty"`
+				Validators Validators `json:",omitempty"`
+			}
+			if err := json.Unmarshal([]byte(tt.json), &v); err != nil {
+				t.Fatal(err)
+			}
+			if b, err := json.Marshal(v); err != nil || string(b) != tt.want {
+				t.Errorf("it became %s, %v, want %s", b, err, tt.want)
+			}
+		})
+	}
+	for _, bad := range []string{`[]`, `"x"`, `{"a":1}`} {
+		var h Hashes
+		var v Validators
+		if h.UnmarshalJSON([]byte(bad)) == nil || v.UnmarshalJSON([]byte(bad)) == nil {
+			t.Errorf("%s was taken for one", bad)
+		}
 	}
 }
 
@@ -139,12 +203,12 @@ func TestEdgesOfRows(t *testing.T) {
 	}{
 		{"nothing", Record{}, Record{}},
 		{"empty is nil", Record{
-			Labels: map[string]string{}, Dependencies: []Dependency{}, Signers: []Signer{}, Hashed: map[string][]byte{},
+			Labels: map[string]string{}, Dependencies: []Dependency{}, Signers: []Signer{}, Hashed: HashesOf(map[string][]byte{}),
 		}, Record{}},
 		{"but not inside of a map", Record{
-			Labels: map[string]string{"": ""}, Hashed: map[string][]byte{"nil": nil, "empty": {}},
+			Labels: map[string]string{"": ""}, Hashed: HashesOf(map[string][]byte{"nil": nil, "empty": {}}),
 		}, Record{
-			Labels: map[string]string{"": ""}, Hashed: map[string][]byte{"nil": nil, "empty": {}},
+			Labels: map[string]string{"": ""}, Hashed: HashesOf(map[string][]byte{"nil": nil, "empty": {}}),
 		}},
 		{"a time zone is not kept, the moment is", Record{Used: when.In(east)}, Record{Used: when}},
 		{"the zero time of another zone is the zero time", Record{Used: time.Time{}.In(east)}, Record{}},

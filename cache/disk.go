@@ -749,8 +749,9 @@ func (d *Disk) Close() error {
 	return errors.Join(err, ix.close(), d.lock.Close())
 }
 
-// schema is the version of the index. One of another version is made again; see older.go. Version 1 had JSON for rows.
-const schema = 2
+// schema is the version of the index. One of another version is made again; see older.go. Version 1 had JSON for rows, in version 2
+// refs had no copy of the record that they answer.
+const schema = 3
 
 const stateSchema = "schema"
 

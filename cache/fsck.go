@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -421,18 +422,22 @@ func consistentRows(tx *bolt.Tx) error {
 	if err != nil {
 		return err
 	}
-	err = scan(tx, bucketRefs, nil, nil, func(key, _ []byte) error {
+	err = scan(tx, bucketRefs, nil, nil, func(key, value []byte) error {
 		r, _, err := getResolution(tx, key)
 		if err != nil {
 			return err
 		}
 		want[bucketHeld]++
 		for bucket, key := range map[string][]byte{bucketRecords: r.Digest[:], bucketHeld: append(r.Digest[:], key...)} {
-			if b, err := get(tx, bucket, key); b == nil || err != nil {
-				if err == nil {
-					err = inconsistent("the ref %v answers %v, which is not among %s", r.Ref, r.Digest, bucket)
-				}
+			b, err := get(tx, bucket, key)
+			if err != nil {
 				return err
+			}
+			if b == nil {
+				return inconsistent("the ref %v answers %v, which is not among %s", r.Ref, r.Digest, bucket)
+			}
+			if bucket == bucketRecords && !bytes.Equal(value, answerRow(r, b)) {
+				return inconsistent("the ref %v has a record of %v beside it that is not the one among %s", r.Ref, r.Digest, bucket)
 			}
 		}
 		return nil

@@ -28,14 +28,15 @@ type hotSlot[K comparable, V any] struct {
 
 type hotAnswer[K comparable, V any] struct {
 	generation uint64
+	slot       uint64 // what slot says of the key
 	key        K
 	v          V
 }
 
-// get returns an answer and the generation in which it was found.
-func (h *hot[K, V]) get(key K) (v V, generation uint64, ok bool) {
-	a := h.slots[h.slot(key)%hotSlots].answer.Load()
-	if a == nil || a.key != key || !h.fresh(key, a.generation) {
+// get returns an answer and the generation in which it was found. slot is what slot says of the key.
+func (h *hot[K, V]) get(slot uint64, key K) (v V, generation uint64, ok bool) {
+	a := h.slots[slot%hotSlots].answer.Load()
+	if a == nil || a.slot != slot || a.key != key || !h.fresh(slot, a.generation) {
 		return v, 0, false
 	}
 	return a.v, a.generation, true
@@ -43,8 +44,7 @@ func (h *hot[K, V]) get(key K) (v V, generation uint64, ok bool) {
 
 // wants reports whether an answer is worth being remembered: nothing else that belongs in its slot was asked for since the key was last. Most of what is
 // asked for once is not asked for again soon, and it must not take the place of what is.
-func (h *hot[K, V]) wants(key K) bool {
-	slot := h.slot(key)
+func (h *hot[K, V]) wants(slot uint64) bool {
 	s := &h.slots[slot%hotSlots]
 	if s.asked.Load() == slot {
 		return true
@@ -54,13 +54,13 @@ func (h *hot[K, V]) wants(key K) bool {
 }
 
 // put remembers an answer that was found in a generation.
-func (h *hot[K, V]) put(generation uint64, key K, v V) {
-	h.slots[h.slot(key)%hotSlots].answer.Store(&hotAnswer[K, V]{generation, key, v})
+func (h *hot[K, V]) put(generation, slot uint64, key K, v V) {
+	h.slots[slot%hotSlots].answer.Store(&hotAnswer[K, V]{generation, slot, key, v})
 }
 
-// fresh reports whether what was said of a key in a generation is still true.
-func (h *hot[K, V]) fresh(key K, generation uint64) bool {
-	return generation >= h.since.Load() && generation >= h.slots[h.slot(key)%hotSlots].since.Load()
+// fresh reports whether what was said in a generation of a key with a slot is still true.
+func (h *hot[K, V]) fresh(slot, generation uint64) bool {
+	return generation >= h.since.Load() && generation >= h.slots[slot%hotSlots].since.Load()
 }
 
 // forget is called with the generation that a change begins, when the index can be seen to be changed and before anybody is told.
@@ -101,9 +101,10 @@ func newMemory() *memory {
 	return m
 }
 
-func (m *memory) resolve(ref acproxy.Ref) (*answer, bool) {
-	a, generation, ok := m.refs.get(ref)
-	return a, ok && m.records.fresh(a.to.Digest, generation)
+// resolve returns what is remembered of a ref, whose slot among refs is given.
+func (m *memory) resolve(slot uint64, ref acproxy.Ref) (*answer, bool) {
+	a, generation, ok := m.refs.get(slot, ref)
+	return a, ok && m.records.fresh(m.records.slot(a.to.Digest), generation)
 }
 
 // forget is forget of what a change affects; without effects that is everything.

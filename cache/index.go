@@ -100,6 +100,7 @@ func openIndex(path string, memory *memory, space *space, maxMapped int64) (*ind
 	if x.snapshots.f, err = os.Open(path); err != nil {
 		return nil, err
 	}
+	x.snapshots.same = newSame()
 	x.mapped.max, x.mapped.statm = maxMapped, openStatm()
 	x.mapped.before = residentFiles(x.mapped.statm)
 	defer func() {
@@ -543,7 +544,7 @@ const (
 	bucketRecords     = "records"     // digest → held
 	bucketManifests   = "manifests"   // digest → JSON as in the image
 	bucketSignatures  = "signatures"  // digest → as published
-	bucketRefs        = "refs"        // ref → Resolution
+	bucketRefs        = "refs"        // ref → Resolution, and a copy of the row of records
 	bucketHeld        = "held"        // digest, ref → nothing: the refs that an image answers
 	bucketIDs         = "ids"         // image ID, digest → nothing
 	bucketSigned      = "signed"      // digest of a signature, digest → nothing

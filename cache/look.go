@@ -2,8 +2,10 @@ package cache
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -34,33 +36,110 @@ type tree struct {
 	inline []byte
 }
 
-// branch is a branch page that was found in order. Branches don't change, and are shared by the snapshots that they belong to.
+// branch is what a branch page says that was found in order: half as long as the page, and laid out for find, most of which is waiting for memory that no
+// processor has in its cache. Branches don't change, and are shared by the snapshots that they belong to.
 type branch struct {
+	heads    []uint64  // the eight bytes of each key after those that all of them begin with
+	shared   int       // how many bytes all keys begin with
+	begin    [40]byte  // of these, as many as there is room for
+	ids      []uint64  // the pages below
+	children []*branch // these pages, nil if they are leaf pages
+	prefix   []byte    // what all keys begin with, if begin is too short for it
+	tails    []byte    // the keys without it, one after the other
+	ends     []uint32  // where each of these ends
 	id       uint64
-	page     []byte
-	children []*branch // nil if leaf pages are below
 }
 
-func (b *branch) count() int { return int(order.Uint16(b.page[10:])) }
-
-func (b *branch) key(i int) []byte {
-	at := pageHeader + i*elementSize
-	from := at + int(order.Uint32(b.page[at:]))
-	return b.page[from : from+int(order.Uint32(b.page[at+4:]))]
+// newBranch takes over the keys of a page and the pages that they stand for, which are in order.
+func newBranch(id uint64, keys [][]byte, ids []uint64) *branch {
+	n := len(keys)
+	numbers := make([]uint64, 2*n)
+	b := &branch{id: id, heads: numbers[:n:n], ids: numbers[n:], ends: make([]uint32, n)}
+	copy(b.ids, ids)
+	first, last := keys[0], keys[n-1]
+	for b.shared < min(len(first), len(last)) && first[b.shared] == last[b.shared] {
+		b.shared++
+	}
+	if copy(b.begin[:], first[:b.shared]) < b.shared {
+		b.prefix = bytes.Clone(first[:b.shared])
+	}
+	size := 0
+	for i, key := range keys {
+		size += len(key) - b.shared
+		b.ends[i] = uint32(size)
+	}
+	b.tails = make([]byte, 0, size)
+	for i, key := range keys {
+		b.heads[i] = firstEight(key[b.shared:])
+		b.tails = append(b.tails, key[b.shared:]...)
+	}
+	return b
 }
 
-func (b *branch) child(i int) uint64 { return order.Uint64(b.page[pageHeader+i*elementSize+8:]) }
+// start returns the bytes that all keys begin with.
+func (b *branch) start() []byte {
+	if b.prefix != nil {
+		return b.prefix
+	}
+	return b.begin[:b.shared]
+}
+
+// tail returns a key without the bytes that all of them begin with.
+func (b *branch) tail(i int) []byte {
+	if i == 0 {
+		return b.tails[:b.ends[0]]
+	}
+	return b.tails[b.ends[i-1]:b.ends[i]]
+}
+
+// bound is a key of a branch that bounds others; the zero value is none.
+type bound struct {
+	b *branch
+	i int
+}
+
+// key returns the key, nil if it is none.
+func (at bound) key() []byte {
+	if at.b == nil {
+		return nil
+	}
+	return slices.Concat(at.b.start(), at.b.tail(at.i))
+}
+
+// firstEight returns the first eight bytes of a key as a number that is not larger than that of any key after it.
+func firstEight(key []byte) uint64 {
+	if len(key) >= 8 {
+		return binary.BigEndian.Uint64(key)
+	}
+	var b [8]byte
+	copy(b[:], key)
+	return binary.BigEndian.Uint64(b[:])
+}
 
 // find returns the last child whose keys begin at or before key, the first one if there is none; with before, at keys that are before it.
 func (b *branch) find(key []byte, before bool) int {
-	low, high := 0, b.count()
+	low, high := 0, len(b.heads)
+	begins := min(b.shared, len(key))
+	switch c := bytes.Compare(key[:begins], b.start()); {
+	case c < 0:
+		return 0
+	case c > 0:
+		return high - 1
+	}
+	at := firstEight(key[begins:])
 	for low < high {
-		middle := (low + high) / 2
-		if c := bytes.Compare(b.key(middle), key); c < 0 || c == 0 && !before {
+		middle := int(uint(low+high) / 2)
+		switch {
+		case b.heads[middle] < at:
 			low = middle + 1
-		} else {
-			high = middle
+			continue
+		case b.heads[middle] == at:
+			if c := bytes.Compare(b.tail(middle), key[begins:]); c < 0 || c == 0 && !before {
+				low = middle + 1
+				continue
+			}
 		}
+		high = middle
 	}
 	return max(low-1, 0)
 }
@@ -72,6 +151,7 @@ type snapshots struct {
 	begun atomic.Uint64 // transactions, counted before they begin
 	lost  atomic.Bool   // what the last one left could not be read, so that there will be no further snapshot
 	looks sync.Pool     // of *look
+	same  *same         // is shared by the rows that are looked up; nil means nothing is
 }
 
 // take makes what is in the file now the last snapshot. No transaction may be open for writing.
@@ -89,21 +169,42 @@ func (s *snapshots) take(generation uint64) error {
 	if before == nil {
 		before = &snapshot{}
 	}
+	roots := make(map[string][]byte)
 	l := look{f: s.f, snapshot: next}
 	err = l.rows(m.root, 0, func(flags uint32, key, value []byte) error {
 		if flags != bucketFlag || len(value) < bucketHeader {
 			return broken("%q is not a bucket", key)
 		}
-		for _, bucket := range looked {
-			if string(key) == bucket {
-				t, err := (&look{f: s.f, snapshot: next}).tree(value, before.trees[bucket])
-				next.trees[bucket] = t
-				return err
-			}
+		if slices.Contains(looked, string(key)) {
+			roots[string(key)] = bytes.Clone(value)
 		}
 		return nil
 	})
-	if err == nil {
+	if err != nil {
+		return err
+	}
+	trees, errs := make([]*tree, len(looked)), make([]error, len(looked))
+	var wg sync.WaitGroup
+	for i, bucket := range looked {
+		read := func() {
+			if root := roots[bucket]; root != nil {
+				trees[i], errs[i] = (&look{f: s.f, snapshot: next}).tree(root, before.trees[bucket])
+			}
+		}
+		if before.trees == nil {
+			// The first time all of them are read, which somebody waits for. Ends with its work; waited for below.
+			wg.Go(read)
+		} else {
+			read()
+		}
+	}
+	wg.Wait()
+	for i, bucket := range looked {
+		if trees[i] != nil {
+			next.trees[bucket] = trees[i]
+		}
+	}
+	if err = errors.Join(errs...); err == nil {
 		s.last.Store(next)
 	}
 	return err
@@ -121,7 +222,7 @@ func (s *snapshots) size() int64 {
 func (s *snapshots) look(do func(*look) error) error {
 	l, ok := s.looks.Get().(*look)
 	if !ok {
-		l = &look{f: s.f}
+		l = &look{f: s.f, decoder: decoder{same: s.same}}
 	}
 	defer s.looks.Put(l)
 	for {
@@ -141,6 +242,12 @@ type look struct {
 	f        *os.File
 	snapshot *snapshot
 	buf      []byte
+	key      []byte // for whoever puts a key together
+	ready    readyReader
+	decoder  decoder
+	keys     [][]byte // for whoever takes a branch page apart
+	ids      []uint64
+	bottom   int // the depth of the leaves of the tree whose branch pages are read, 0 while it isn't known
 }
 
 // read reads a page whole. It is valid until the next one is read.
@@ -151,7 +258,7 @@ func (l *look) read(id uint64, kind uint16) ([]byte, error) {
 			l.buf = make([]byte, size)
 		}
 		b := l.buf[:size]
-		n, err := l.f.ReadAt(b, int64(id)*l.snapshot.pageSize)
+		n, err := l.ready.read(l.f, b, int64(id)*l.snapshot.pageSize)
 		switch {
 		case errors.Is(err, os.ErrClosed):
 			return nil, errClosed
@@ -191,12 +298,12 @@ func (l *look) get(bucket string, key []byte) ([]byte, error) {
 	return opened(bucket, key, stored)
 }
 
-// leaf returns the leaf page on which a key is, if it is anywhere, and between what its keys have to be, nil being no bound.
-func (l *look) leaf(t *tree, key []byte) (page, low, high []byte, err error) {
+// leaf returns the leaf page on which a key is, if it is anywhere, and between what its keys have to be.
+func (l *look) leaf(t *tree, key []byte) (page []byte, low, high bound, err error) {
 	id := t.leaf
 	switch {
 	case t.inline != nil:
-		return t.inline, nil, nil, nil
+		return t.inline, low, high, nil
 	case t.root != nil:
 		id, low, high = t.root.leaf(key, false)
 	}
@@ -204,19 +311,18 @@ func (l *look) leaf(t *tree, key []byte) (page, low, high []byte, err error) {
 	return page, low, high, err
 }
 
-// leaf returns the leaf page whose keys begin at or before key, or with before, before it; and between what its keys have to be, nil being no
-// bound.
-func (b *branch) leaf(key []byte, before bool) (id uint64, low, high []byte) {
+// leaf returns the leaf page whose keys begin at or before key, or with before, before it; and between what its keys have to be.
+func (b *branch) leaf(key []byte, before bool) (id uint64, low, high bound) {
 	for {
 		i := b.find(key, before)
 		if i > 0 {
-			low = b.key(i)
+			low = bound{b, i}
 		}
-		if i+1 < b.count() {
-			high = b.key(i + 1)
+		if i+1 < len(b.ids) {
+			high = bound{b, i + 1}
 		}
 		if b.children == nil {
-			return b.child(i), low, high
+			return b.ids[i], low, high
 		}
 		b = b.children[i]
 	}
@@ -272,7 +378,8 @@ func (l *look) confirm(bucket string, key []byte) error {
 		return elements(b, leafPage, nil, nil, row)
 	}
 	check := func(key []byte, before bool) (low, high []byte, err error) {
-		id, low, high := t.root.leaf(key, before)
+		id, from, to := t.root.leaf(key, before)
+		low, high = from.key(), to.key()
 		b, err := l.read(id, leafPage)
 		if err == nil {
 			err = elements(b, leafPage, low, high, row)
@@ -305,7 +412,7 @@ func (x *index) each(bucket string, prefix, from []byte, fn func(key, value []by
 				return broken("the bucket %s is missing", bucket)
 			}
 			b, l0, h0, err := l.leaf(t, at)
-			page, low, high = append(page[:0], b...), l0, h0
+			page, low, high = append(page[:0], b...), l0.key(), h0.key()
 			return err
 		})
 		if err != nil {
@@ -368,6 +475,7 @@ func (l *look) tree(value []byte, before *tree) (*tree, error) {
 	if before == nil {
 		before = &tree{}
 	}
+	l.bottom = 0
 	b, err := l.branch(root, 0, before.root)
 	if err != nil || b != nil {
 		return &tree{root: b}, err
@@ -387,25 +495,30 @@ func (l *look) branch(id uint64, depth int, near *branch) (*branch, error) {
 	}
 	switch flags := order.Uint16(b[8:]); {
 	case flags == leafPage:
+		l.bottom = depth
 		return nil, nil
 	case flags != branchPage || depth == maxDepth:
 		return nil, broken("page %d has flags %x, %d levels deep", id, flags, depth)
 	}
-	end := 0
-	err = elements(b, branchPage, nil, nil, func(_ uint32, key, _ []byte) error {
-		end += len(key)
+	keys, ids := l.keys[:0], l.ids[:0]
+	err = elements(b, branchPage, nil, nil, func(_ uint32, key, child []byte) error {
+		keys, ids = append(keys, key), append(ids, order.Uint64(child))
 		return nil
 	})
+	l.keys, l.ids = keys, ids
 	if err != nil {
 		return nil, err
 	}
-	page := &branch{id: id}
-	page.page = bytes.Clone(b[:pageHeader+int(order.Uint16(b[10:]))*elementSize+end])
-	n := page.count()
+	n := len(ids)
 	if n == 0 {
 		return nil, broken("branch page %d is empty", id)
 	}
-	first, err := l.branch(page.child(0), depth+1, near.at(0))
+	page := newBranch(id, keys, ids)
+	if depth+1 == l.bottom {
+		// All leaves are on one level, which one of them has shown. If one isn't, who reads what is there in its place finds that out.
+		return page, nil
+	}
+	first, err := l.branch(page.ids[0], depth+1, near.at(0))
 	if first == nil || err != nil {
 		return page, err
 	}
@@ -415,13 +528,13 @@ func (l *look) branch(id uint64, depth int, near *branch) (*branch, error) {
 	from := 0
 	for i := range n {
 		at := from
-		for near.at(at) != nil && near.at(at).id != page.child(i) {
+		for near.at(at) != nil && near.at(at).id != page.ids[i] {
 			at++
 		}
 		if near.at(at) == nil {
 			at = from
 		}
-		if page.children[i], err = l.branch(page.child(i), depth+1, near.at(at)); err != nil {
+		if page.children[i], err = l.branch(page.ids[i], depth+1, near.at(at)); err != nil {
 			return nil, err
 		}
 		if page.children[i] == nil {

@@ -51,28 +51,24 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 	}
 }
 
-// answer is what a ref answers.
-type answer struct {
-	to  Resolution
-	rec Record
-}
-
 // resolve returns what a ref answers, and reports whether that is known.
 func (d *Disk) resolve(ref acproxy.Ref, k knowledge) (a answer, ok bool, err error) {
-	if a, ok := d.memory.resolve(ref); ok {
+	slot := d.memory.refs.slot(ref)
+	if a, ok := d.memory.resolve(slot, ref); ok {
 		return *a, true, nil
 	}
-	key := []byte(ref.String())
 	var generation uint64
 	err = d.look(func(l *look) error {
 		generation = l.snapshot.generation
-		if a.to, ok, err = lookUp(l, bucketRefs, key, takeResolution); err == nil && !ok && k.unsure() {
-			err = l.confirm(bucketRefs, key)
-		}
-		if !ok || err != nil {
-			return err
+		l.key, _ = ref.AppendText(l.key[:0])
+		if a, ok, err = lookUp(l, bucketRefs, l.key, takeAnswer); err == nil && !ok && k.unsure() {
+			err = l.confirm(bucketRefs, l.key)
 		}
 		a.to.Ref = ref
+		if !ok || err != nil || a.whole {
+			return err
+		}
+		// The record is too long to be beside the ref.
 		var named bool
 		if a.rec, named, err = l.record(a.to.Digest); err == nil && !named {
 			err = broken("no record for %v", a.to.Digest)
@@ -82,9 +78,9 @@ func (d *Disk) resolve(ref acproxy.Ref, k knowledge) (a answer, ok bool, err err
 	if !ok || err != nil {
 		return answer{}, false, err
 	}
-	if d.memory.refs.wants(ref) {
+	if d.memory.refs.wants(slot) {
 		kept := a
-		d.memory.refs.put(generation, ref, &kept)
+		d.memory.refs.put(generation, slot, ref, &kept)
 	}
 	return a, true, nil
 }
@@ -95,7 +91,7 @@ func lookUp[T any](l *look, bucket string, key []byte, take func(*decoder) T) (v
 	if b == nil || err != nil {
 		return v, false, err
 	}
-	v, err = decodeRow(bucket, key, b, take)
+	v, err = decodeWith(&l.decoder, bucket, key, b, take)
 	return v, err == nil, err
 }
 
@@ -124,7 +120,8 @@ func (d *Disk) Record(digest acproxy.Digest) (Record, error) {
 
 // record is Record without the time of the last use.
 func (d *Disk) record(digest acproxy.Digest) (Record, error) {
-	if rec, _, ok := d.memory.records.get(digest); ok {
+	slot := d.memory.records.slot(digest)
+	if rec, _, ok := d.memory.records.get(slot, digest); ok {
 		return *rec, nil
 	}
 	for {
@@ -143,9 +140,9 @@ func (d *Disk) record(digest acproxy.Digest) (Record, error) {
 		case err != nil:
 			return Record{}, fmt.Errorf("looking up %v: %w", digest, err)
 		case ok:
-			if d.memory.records.wants(digest) {
+			if d.memory.records.wants(slot) {
 				kept := rec
-				d.memory.records.put(generation, digest, &kept)
+				d.memory.records.put(generation, slot, digest, &kept)
 			}
 			return rec, nil
 		case d.complete(k):
@@ -164,17 +161,22 @@ func (d *Disk) record(digest acproxy.Digest) (Record, error) {
 
 // beside returns everything about an image that the index doesn't name yet, from its sidecar.
 func (d *Disk) beside(digest acproxy.Digest) (*image, error) {
-	// With its blob: a sidecar alone may be of a commit that never came to be.
-	if _, err := os.Lstat(d.blobPath(digest)); errors.Is(err, fs.ErrNotExist) {
-		return nil, notHeld(digest)
-	} else if err != nil {
+	_, err := os.Lstat(d.blobPath(digest))
+	gone := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !gone {
 		return nil, err
 	}
 	img, err := d.readSidecar(digest)
-	if errors.Is(err, fs.ErrNotExist) || unreadable(err) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || unreadable(err):
+		return nil, notHeld(digest)
+	case err != nil:
+		return nil, err
+	case gone && !img.Record.lost():
+		// A sidecar alone may be of a commit that never came to be, unless it says itself that the blob was there and is lost.
 		return nil, notHeld(digest)
 	}
-	return img, err
+	return img, nil
 }
 
 // imageLocked returns everything about an image whose lock the caller holds, nil if it is not held.

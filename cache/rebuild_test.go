@@ -17,6 +17,43 @@ import (
 	"github.com/acproxy/acproxy/cache/cachetest"
 )
 
+// TestLostImageIsKnownWhileTheIndexIsMade: its sidecar says that its blob was there, so that it isn't of a commit that never came to be.
+func TestLostImageIsKnownWhileTheIndexIsMade(t *testing.T) {
+	dir := t.TempDir()
+	d := open(t, dir, cache.Options{})
+	img := cachetest.NewImage("example.com/app", "1", 100)
+	if err := cachetest.Commit(t.Context(), d, img); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(blobPath(dir, img)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Fatalf("OpenBlob = %v, want ErrNotFound", err)
+	}
+	closeStore(t, d)
+	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
+		t.Fatal(err)
+	}
+	unblock := blockOpen(t, filepath.Join(dir, "names", "blocked.json"))
+	d = open(t, dir, cache.Options{})
+	defer unblock()
+	if rec, err := d.Record(img.Record.Digest); err != nil || !rec.Lost() {
+		t.Errorf("Record = %+v, %v, want one that is lost", rec, err)
+	}
+	if b, err := d.Manifest(img.Record.Digest); err != nil || !bytes.Equal(b, img.Manifest) {
+		t.Errorf("Manifest = %q, %v", b, err)
+	}
+	if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("OpenBlob = %v, want ErrNotFound", err)
+	}
+	if !d.Rebuilding() {
+		t.Fatal("the index was made all the same")
+	}
+	unblock()
+	closeStore(t, d)
+}
+
 // TestServesWhileTheIndexIsMade holds the making of the index up before it has taken anything in. All that is held is served nevertheless, and
 // what isn't is not said to be missing.
 func TestServesWhileTheIndexIsMade(t *testing.T) {

@@ -130,7 +130,7 @@ func (d *Disk) hinted(ref acproxy.Ref) *answer {
 	}
 	for _, r := range img.Refs {
 		if r.Ref == ref {
-			return &answer{r, img.Record}
+			return &answer{r, img.Record, true}
 		}
 	}
 	return nil

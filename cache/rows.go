@@ -72,8 +72,13 @@ func getRow[T any](tx *bolt.Tx, bucket string, key []byte, take func(*decoder) T
 }
 
 func decodeRow[T any](bucket string, key, value []byte, take func(*decoder) T) (v T, err error) {
-	d := decoder{left: string(value)}
-	v = take(&d)
+	return decodeWith(&decoder{}, bucket, key, value, take)
+}
+
+// decodeWith is decodeRow with a decoder that was used before.
+func decodeWith[T any](d *decoder, bucket string, key, value []byte, take func(*decoder) T) (v T, err error) {
+	d.left, d.bad = string(value), false
+	v = take(d)
 	if !d.ok() {
 		return v, broken("the row of %s at %.40x can't be taken apart", bucket, key)
 	}
@@ -154,7 +159,7 @@ func appendHeld(b []byte, h held) []byte {
 		}
 		b = appendTime(b, s.Signed)
 	}
-	b = appendBytesMap(b, h.Hashed)
+	b = appendPacked(b, h.Hashed)
 	for _, text := range []string{h.Compression, h.RktWarning, h.Policy, h.Source, h.ETag, string(h.State), h.Code, h.Reason} {
 		b = appendString(b, text)
 	}
@@ -182,18 +187,12 @@ func takeHeld(d *decoder) held {
 		d.array(h.SignatureDigest[:])
 	}
 	h.Sidecar, h.Size, h.Uncompressed = d.varint(), d.varint(), d.varint()
-	h.Name, h.Labels = d.string(), d.stringMap()
-	h.Dependencies = decoded(d, 4, func(d *decoder) Dependency {
-		dep := Dependency{Name: d.string(), Labels: d.stringMap(), Size: d.varint()}
-		if d.uvarint() != 0 {
-			d.array(dep.ImageID[:])
-		}
-		return dep
-	})
+	h.Name, h.Labels = d.string(), d.labels()
+	h.Dependencies = d.dependencies()
 	h.Signers = decoded(d, 6, func(d *decoder) Signer {
 		return Signer{Fingerprint: d.string(), KeyID: d.string(), UserID: d.string(), Prefix: d.string(), Algorithm: d.string(), Signed: d.time()}
 	})
-	h.Hashed = d.bytesMap()
+	h.Hashed = Hashes(d.packed((*decoder).skipBytesMap))
 	h.Compression, h.RktWarning, h.Policy, h.Source, h.ETag = d.string(), d.string(), d.string(), d.string(), d.string()
 	h.State, h.Code, h.Reason = State(d.string()), d.string(), d.string()
 	h.Modified, h.Fetched, h.Verified, h.Used = d.time(), d.time(), d.time(), d.time()
@@ -207,7 +206,7 @@ func appendResolution(b []byte, r Resolution) []byte {
 	for _, t := range []time.Time{r.Modified, r.Validated, r.Gone} {
 		b = appendTime(b, t)
 	}
-	b = appendStringMap(b, r.Validators)
+	b = appendPacked(b, r.Validators)
 	return binary.AppendVarint(b, r.Pointed)
 }
 
@@ -216,8 +215,44 @@ func takeResolution(d *decoder) Resolution {
 	d.array(r.Digest[:])
 	r.Source = d.string()
 	r.Modified, r.Validated, r.Gone = d.time(), d.time(), d.time()
-	r.Validators = d.stringMap()
+	r.Validators = Validators(d.packed((*decoder).skipStringMap))
 	r.Pointed = d.varint()
+	return r
+}
+
+// maxCopied bounds the row of a record that has a copy beside each of its refs: two rows have to fit onto a page, or it takes two.
+const maxCopied = 1536
+
+// answerRow returns the row of a ref: its resolution, and a copy of the row of the record that it answers, so that who asks for a ref reads one page
+// and not two. There is no copy of a record that is longer than maxCopied.
+func answerRow(r Resolution, record []byte) []byte {
+	b := appendResolution(nil, r)
+	if len(record) > maxCopied {
+		return b
+	}
+	return append(b, record...)
+}
+
+// answer is what a ref answers.
+type answer struct {
+	to    Resolution
+	rec   Record
+	whole bool // rec is there too
+}
+
+func takeAnswer(d *decoder) (a answer) {
+	a.to = takeResolution(d)
+	if d.left != "" {
+		a.rec, a.whole = takeHeld(d).Record, true
+		a.rec.Digest = a.to.Digest
+	}
+	return a
+}
+
+// takeAnswered is takeAnswer for those who want to know no more than the resolution.
+func takeAnswered(d *decoder) Resolution {
+	r := takeResolution(d)
+	d.left = ""
 	return r
 }
 
@@ -256,7 +291,7 @@ func hasRecord(tx *bolt.Tx, digest acproxy.Digest) (bool, error) {
 
 // getResolution returns what the ref with this key answers.
 func getResolution(tx *bolt.Tx, key []byte) (r Resolution, ok bool, err error) {
-	r, ok, err = getRow(tx, bucketRefs, key, takeResolution)
+	r, ok, err = getRow(tx, bucketRefs, key, takeAnswered)
 	if !ok || err != nil {
 		return r, false, err
 	}
@@ -302,20 +337,52 @@ func getImage(tx *bolt.Tx, digest acproxy.Digest) (*image, error) {
 // later answer to one of its refs is known already.
 func putImage(tx *bolt.Tx, img *image) (displaced []acproxy.Digest, err error) {
 	var sum totals
-	if err := dropRecord(tx, img.Record.Digest, &sum); err != nil {
+	digest := img.Record.Digest
+	if err := dropRecord(tx, digest, &sum); err != nil {
 		return nil, err
 	}
 	if displaced, err = putRows(tx, img, &sum); err != nil {
 		return nil, err
 	}
+	if sum.Images == 0 {
+		// It was there before. It may answer more refs than img knows of: their copies of the record have to be of this one, too.
+		if err := copyRecord(tx, img); err != nil {
+			return nil, err
+		}
+	}
 	return displaced, addTotals(tx, sum)
+}
+
+// copyRecord brings the copies of a record up to date that are beside refs which the image itself doesn't name.
+func copyRecord(tx *bolt.Tx, img *image) error {
+	digest := img.Record.Digest
+	var others [][]byte
+	err := scan(tx, bucketHeld, digest[:], nil, func(key, _ []byte) error {
+		ref := key[len(digest):]
+		if !slices.ContainsFunc(img.Refs, func(r Resolution) bool { return r.Ref.String() == string(ref) }) {
+			others = append(others, bytes.Clone(ref))
+		}
+		return nil
+	})
+	for _, key := range others {
+		if err != nil {
+			break
+		}
+		var r Resolution
+		var ok bool
+		if r, ok, err = getRow(tx, bucketRefs, key, takeAnswered); ok && r.Digest == digest {
+			err = put(tx, bucketRefs, key, answerRow(r, appendHeld(nil, held{img.Record, img.sidecar})))
+		}
+	}
+	return err
 }
 
 // putRows is putImage for an image that has no record in the index. What it adds to the totals it adds to sum.
 func putRows(tx *bolt.Tx, img *image, sum *totals) (displaced []acproxy.Digest, err error) {
 	digest := img.Record.Digest
 	h := held{img.Record, img.sidecar}
-	if err := put(tx, bucketRecords, digest[:], appendHeld(nil, h)); err != nil {
+	record := appendHeld(nil, h)
+	if err := put(tx, bucketRecords, digest[:], record); err != nil {
 		return nil, err
 	}
 	for _, key := range keysOf(img.Record) {
@@ -336,7 +403,7 @@ func putRows(tx *bolt.Tx, img *image, sum *totals) (displaced []acproxy.Digest, 
 		return nil, err
 	}
 	for _, r := range img.Refs {
-		loser, err := putRef(tx, r)
+		loser, err := putRef(tx, r, record)
 		if err != nil {
 			return nil, err
 		}
@@ -347,10 +414,11 @@ func putRows(tx *bolt.Tx, img *image, sum *totals) (displaced []acproxy.Digest, 
 	return displaced, nil
 }
 
-// putRef lets a ref answer an image from now on, unless a later answer is known. It returns the image that lost the ref by that, if any.
-func putRef(tx *bolt.Tx, r Resolution) (loser acproxy.Digest, err error) {
+// putRef lets a ref answer an image from now on, unless a later answer is known. record is the row of the image's record. It returns the image that
+// lost the ref by that, if any.
+func putRef(tx *bolt.Tx, r Resolution, record []byte) (loser acproxy.Digest, err error) {
 	key := []byte(r.Ref.String())
-	before, ok, err := getRow(tx, bucketRefs, key, takeResolution)
+	before, ok, err := getRow(tx, bucketRefs, key, takeAnswered)
 	if err != nil {
 		return loser, err
 	}
@@ -364,9 +432,10 @@ func putRef(tx *bolt.Tx, r Resolution) (loser acproxy.Digest, err error) {
 		}
 	}
 	if ok && before.Digest == r.Digest && before.Pointed > r.Pointed {
-		return loser, nil
+		// What is known of the answer stays; what is known of the image may be new.
+		return loser, put(tx, bucketRefs, key, answerRow(before, record))
 	}
-	if err := put(tx, bucketRefs, key, appendResolution(nil, r)); err != nil {
+	if err := put(tx, bucketRefs, key, answerRow(r, record)); err != nil {
 		return loser, err
 	}
 	return loser, put(tx, bucketHeld, append(r.Digest[:], key...), nil)

@@ -277,7 +277,7 @@ func varied(t *testing.T, d *cache.Disk, dir string, clock time.Time) (refs []ac
 	commit(cachetest.NewImage("example.com/alpha", "2", 2000))
 	unsigned := cachetest.NewImage("example.com/beta", "1.0.0-rc1+x", 1)
 	rec := &unsigned.Record
-	unsigned.Signature, rec.Signed, rec.SignatureDigest, rec.Signers, rec.Hashed = nil, false, acproxy.Digest{}, nil, nil
+	unsigned.Signature, rec.Signed, rec.SignatureDigest, rec.Signers, rec.Hashed = nil, false, acproxy.Digest{}, nil, ""
 	rec.ETag, rec.Modified, rec.Policy = "", time.Time{}, "unsigned images are accepted"
 	commit(unsigned)
 	bad := commit(cachetest.NewImage("example.com/gamma", "1", 300))
@@ -292,7 +292,7 @@ func varied(t *testing.T, d *cache.Disk, dir string, clock time.Time) (refs []ac
 	full, err := acproxy.NewRef(rec.Name, rec.Labels)
 	must(err)
 	odd.Refs = append(odd.Refs, cache.Resolution{
-		Ref: full, Source: "https://example.com/e.aci", Validators: map[string]string{"ETag": `"x"`}, Validated: clock, Gone: clock.Add(time.Hour),
+		Ref: full, Source: "https://example.com/e.aci", Validators: cache.ValidatorsOf(map[string]string{"ETag": `"x"`}), Validated: clock, Gone: clock.Add(time.Hour),
 	})
 	commit(odd)
 	must(os.Remove(blobPath(dir, lost)))

@@ -502,6 +502,15 @@ func TestCheckFindsAndRepairs(t *testing.T) {
 				return tx.Bucket([]byte("pinned")).Put(key, sealedRow("pinned", key))
 			})
 		}, problems: cache.CodeIndexInconsistent, after: cache.CodeIndexAside},
+		damage{name: "an index with another record beside a ref", spoil: func(t testing.TB, dir string, img cachetest.Image) {
+			editIndex(t, dir, func(tx *bolt.Tx) error {
+				b := tx.Bucket([]byte("refs"))
+				key, row := b.Cursor().First()
+				row = bytes.Clone(row[4:])
+				row[len(row)-1] ^= 2 // of the time of last use
+				return b.Put(bytes.Clone(key), sealedRow("refs", key, row...))
+			})
+		}, problems: cache.CodeIndexInconsistent, after: cache.CodeIndexAside},
 		damage{name: "an index of another version", spoil: func(t testing.TB, dir string, _ cachetest.Image) {
 			editIndex(t, dir, func(tx *bolt.Tx) error {
 				return tx.Bucket([]byte("state")).Put([]byte("schema"), sealedRow("state", []byte("schema"), '1'))

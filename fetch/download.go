@@ -478,7 +478,7 @@ func (d *download) record(digest acproxy.Digest, manifest aci.Manifest, acceptan
 	now := d.f.now()
 	rec := cache.Record{
 		Digest: digest, Name: manifest.Name, Labels: manifest.Labels, Size: d.written, Source: d.source, Modified: d.modified, ETag: d.etag,
-		Fetched: now, Verified: now, Used: now, Policy: policyText(d.f.policy(d.name).Trust), Hashed: hashed, RktWarning: acceptance.RktWarning,
+		Fetched: now, Verified: now, Used: now, Policy: policyText(d.f.policy(d.name).Trust), Hashed: cache.HashesOf(hashed), RktWarning: acceptance.RktWarning,
 	}
 	if d.signature != nil {
 		rec.Signed, rec.SignatureDigest = true, sha256.Sum256(d.signature)
@@ -569,7 +569,7 @@ func (d *download) commit(rec cache.Record, manifest aci.Manifest) (cache.Record
 	for ref := range refs {
 		r := d.f.resolution(d.ctx, ref, rec, d.source)
 		if d.signature == nil {
-			r.Validators = d.validators
+			r.Validators = cache.ValidatorsOf(d.validators)
 		}
 		resolutions = append(resolutions, r)
 	}

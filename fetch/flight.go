@@ -504,7 +504,7 @@ func (f *Fetcher) open200(fl *flight, d *download, trace *acproxy.Trace) error {
 	// What another URL said of the image, or what was made of it for the nodes, means nothing here.
 	if said := fl.before; !fl.have.IsZero() && said.Digest == fl.have && said.Source == d.source && d.signature == nil && !d.later {
 		for field, of := range map[string]string{"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"} {
-			if v := said.Validators[of]; v != "" {
+			if v := said.Validators.Get(of); v != "" {
 				header.Set(field, v)
 			}
 		}

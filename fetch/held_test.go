@@ -366,7 +366,7 @@ func TestWhatCouldNotBeDecidedIsDecidedAgain(t *testing.T) {
 	s.idle()
 	rec := s.record(s.app("1.0"))
 	broken := rec
-	broken.Hashed = map[string][]byte{"SHA-512": []byte("damaged")}
+	broken.Hashed = cache.HashesOf(map[string][]byte{"SHA-512": []byte("damaged")})
 	if err := s.f.acceptable(broken); err == nil || errors.Is(err, acproxy.ErrRefused) {
 		t.Fatalf("a damaged hash: %v", err)
 	}

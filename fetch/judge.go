@@ -135,7 +135,7 @@ func (f *Fetcher) rejudge(keyring *trust.Keyring, settings *settings, rec cache.
 			}
 		}
 	}
-	hashed := trust.Hashed(rec.Hashed)
+	hashed := trust.Hashed(rec.Hashed.Map())
 	if rec.Signed {
 		if hashed == nil {
 			// Without the hashes Judge would answer for bytes that it can't know to match.

@@ -50,7 +50,7 @@ func NewImage(name, version string, size int) Image {
 		Compression:  "gzip", Uncompressed: 3 * int64(size), Inspected: true,
 		Signed: true, SignatureDigest: sha256.Sum256(img.Signature),
 		Signers: []cache.Signer{{Fingerprint: strings.Repeat("ab", 20), KeyID: "abababababababab", UserID: "Carly <carly@example.com>", Prefix: "example.com", Signed: start, Algorithm: "RSA"}},
-		Hashed:  map[string][]byte{"sha256": seed[:]},
+		Hashed:  cache.HashesOf(map[string][]byte{"sha256": seed[:]}),
 		Source:  "https://example.com/" + version + ".aci", Modified: start.Add(-time.Hour), ETag: `"` + version + `"`,
 		Fetched: start, Verified: start, Used: start, State: cache.OK,
 	}
@@ -264,7 +264,7 @@ func unsigned(t *testing.T, store cache.Store) {
 
 func unsign(img Image) Image {
 	img.Signature = nil
-	img.Record.Signed, img.Record.SignatureDigest, img.Record.Signers, img.Record.Hashed = false, acproxy.Digest{}, nil, nil
+	img.Record.Signed, img.Record.SignatureDigest, img.Record.Signers, img.Record.Hashed = false, acproxy.Digest{}, nil, ""
 	return img
 }
 
@@ -454,7 +454,7 @@ func moves(t *testing.T, store cache.Store) {
 	latest := MustRef("example.com/app")
 	back := cache.Resolution{
 		Ref: latest, Digest: old.Record.Digest, Source: "https://example.com/back", Modified: start.Add(time.Hour), Validated: start,
-		Gone: start.Add(time.Minute), Validators: map[string]string{"signature-etag": `"7"`},
+		Gone: start.Add(time.Minute), Validators: cache.ValidatorsOf(map[string]string{"signature-etag": `"7"`}),
 	}
 	must(t, store.Point(ctx, back))
 	got, rec, err := store.Resolve(ctx, latest)
@@ -568,14 +568,14 @@ func updates(t *testing.T, store cache.Store) {
 	if got, err := store.Uninspected(); len(got) != 1 || err != nil {
 		t.Errorf("Uninspected = %d records, %v, want 1", len(got), err)
 	}
+	changed := cache.HashesOf(map[string][]byte{"sha256": {1, 2}, "sha512": nil, "sha1": {}})
 	must(t, store.Update(ctx, img.Record.Digest, func(r *cache.Record) error {
 		r.ImageID, r.Inspected, r.Pinned, r.Size, r.Digest = id, true, true, 999, acproxy.Digest{}
-		r.Hashed["sha256"][0]++
+		r.Hashed = changed
 		return nil
 	}))
 	img.Record.ImageID, img.Record.Inspected, img.Record.Pinned = id, true, true
-	img.Record.Hashed = map[string][]byte{"sha256": bytes.Clone(img.Record.Hashed["sha256"])}
-	img.Record.Hashed["sha256"][0]++
+	img.Record.Hashed = changed
 	must(t, Check(ctx, store, img))
 	if got, err := store.Uninspected(); len(got) != 0 || err != nil {
 		t.Errorf("Uninspected = %d records, %v, want none", len(got), err)

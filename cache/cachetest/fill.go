@@ -146,7 +146,7 @@ func SparseImage(i int, size int64) Image {
 	img.Record.Digest, img.Record.Size = sparseDigest(i), size
 	img.Record.ImageID = sha512.Sum512(img.Record.Digest[:])
 	state := slices.Concat(img.Record.ImageID[:], make([]byte, 128), []byte("sha\x07\x00\x00\x00\x00\x00\x00\x00\x00"))
-	img.Record.Hashed = map[string][]byte{"SHA-512": state}
+	img.Record.Hashed = cache.HashesOf(map[string][]byte{"SHA-512": state})
 	img.Record.Policy = "signed by a key that is trusted for the name"
 	img.Record.Source = fmt.Sprintf("https://images.example.com/%s-%s-linux-amd64.aci", ref.Name(), ref.Version())
 	img.Manifest = fmt.Appendf(nil, sparseManifest, ref.Name(), ref.Version())
@@ -160,7 +160,7 @@ func SparseImage(i int, size int64) Image {
 	img.Record.SignatureDigest = sha256.Sum256(img.Signature)
 	img.Refs = img.Refs[:1]
 	img.Refs[0].Digest, img.Refs[0].Source = img.Record.Digest, img.Record.Source
-	img.Refs[0].Validators = map[string]string{"ETag": img.Record.ETag, "Last-Modified": img.Record.Modified.Format(http.TimeFormat)}
+	img.Refs[0].Validators = cache.ValidatorsOf(map[string]string{"ETag": img.Record.ETag, "Last-Modified": img.Record.Modified.Format(http.TimeFormat)})
 	img.Refs[0].Pointed = start.UnixNano() + int64(i)
 	return img
 }

@@ -91,7 +91,7 @@ func (v View) TakeIn(ctx context.Context, c fetch.Carried, open func() (io.Reade
 	}
 	c.Client = v.who.name()
 	taken, err := v.s.o.Destination.TakeSent(ctx, c, open)
-	taken.Record.Hashed = nil
+	taken.Record.Hashed = ""
 	return taken, err
 }
 

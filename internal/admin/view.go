@@ -116,7 +116,7 @@ func (v View) readable(records []cache.Record) []cache.Record {
 	out := make([]cache.Record, 0, len(records))
 	for _, rec := range records {
 		if v.reads(rec.Name) {
-			rec.Hashed = nil
+			rec.Hashed = ""
 			out = append(out, rec)
 		}
 	}
@@ -133,7 +133,7 @@ func (v View) Image(digest acproxy.Digest) (cache.Record, error) {
 	if err != nil {
 		return cache.Record{}, err
 	}
-	rec.Hashed = nil
+	rec.Hashed = ""
 	return rec, nil
 }
 
@@ -189,7 +189,7 @@ func (v View) known(needed []Needed) []Needed {
 		}
 		if n.Held != nil {
 			rec := *n.Held
-			rec.Hashed = nil
+			rec.Hashed = ""
 			n.Held = &rec
 		}
 		if n.Dependencies != nil {
@@ -312,7 +312,7 @@ func (v View) PlanEviction(ctx context.Context, target int64) (cache.Plan, error
 		plan.Evict[i].Record = withoutHashes(plan.Evict[i].Record)
 	}
 	for i := range plan.Kept {
-		plan.Kept[i].Record.Hashed = nil
+		plan.Kept[i].Record.Hashed = ""
 	}
 	return plan, err
 }
@@ -334,7 +334,7 @@ func withoutHashes(rec *cache.Record) *cache.Record {
 		return nil
 	}
 	plain := *rec
-	plain.Hashed = nil
+	plain.Hashed = ""
 	return &plain
 }
 

@@ -36,6 +36,7 @@ const (
 var (
 	lookUps   = metric{"look-ups", "/s", true}                            // all processors
 	oneCore   = metric{"look-ups on one core", "/s", true}                //
+	eachCPU   = metric{"CPU of a look-up", "µs", false}                   // of those on one core, with the collecting of garbage
 	openTime  = metric{"open", "ms", false}                               // until somebody may ask
 	firstHit  = metric{"first hit", "ms", false}                          // from then on, until a ref is resolved and its blob open
 	firstMiss = metric{"first miss", "ms", false}                         // until one that isn't held is said not to be, after the first hit
@@ -49,7 +50,7 @@ func millionBenchmarks(o options) []benchmark {
 	return []benchmark{{
 		name: "million", what: fmt.Sprintf("a store of %d images: start, look-ups at random, memory", o.held),
 		groups:  []string{groupStore},
-		metrics: []metric{lookUps, oneCore, openTime, firstHit, firstMiss, ready, resident, peak},
+		metrics: []metric{lookUps, oneCore, eachCPU, openTime, firstHit, firstMiss, ready, resident, peak},
 		goals: []goal{
 			{of: closedName, metric: lookUps.name, plus: 200_000},
 			{of: closedName, metric: resident.name, plus: 200},
@@ -173,8 +174,13 @@ func playStore(stdin io.Reader, stdout io.Writer) error {
 			workers int
 		}{{oneCore, 1}, {lookUps, all}} {
 			runtime.GOMAXPROCS(run.workers)
-			if m[run.of.name], err = lookUpAtRandom(ctx, d, spec, run.workers); err != nil {
+			rate, cpu, err := lookUpAtRandom(ctx, d, spec, run.workers)
+			if err != nil {
 				return errors.Join(err, d.Close())
+			}
+			m[run.of.name] = rate
+			if run.workers == 1 {
+				m[eachCPU.name] = 1e6 * cpu
 			}
 		}
 		if m[resident.name], m[peak.name], err = ownMemory(); err != nil {
@@ -214,9 +220,11 @@ func askFirst(ctx context.Context, d *cache.Disk, spec storeSpec, m measures) er
 	return err
 }
 
-// lookUpAtRandom returns how many refs, chosen at random among all, are looked up in a second. What it takes to make up the refs is not counted.
-func lookUpAtRandom(ctx context.Context, d *cache.Disk, spec storeSpec, workers int) (float64, error) {
+// lookUpAtRandom returns how many refs, chosen at random among all, are looked up in a second, and how many seconds of a processor each takes if there is
+// one worker. What it takes to make up the refs is not counted.
+func lookUpAtRandom(ctx context.Context, d *cache.Disk, spec storeSpec, workers int) (rate, cpu float64, err error) {
 	rates := make([]float64, workers)
+	cpus := make([]float64, workers)
 	errs := make([]error, workers)
 	var wg sync.WaitGroup
 	for worker := range workers {
@@ -224,11 +232,12 @@ func lookUpAtRandom(ctx context.Context, d *cache.Disk, spec storeSpec, workers 
 		wg.Go(func() {
 			random := rand.New(rand.NewPCG(rand.Uint64(), uint64(worker)))
 			refs := make([]acproxy.Ref, 5000)
-			n, took := 0, 0.0
+			n, took, used := 0, 0.0, 0.0
 			for took < spec.Seconds && errs[worker] == nil {
 				for i := range refs {
 					refs[i] = cachetest.SparseRef(random.IntN(spec.Images))
 				}
+				before := cpuOfThisProcess()
 				var t float64
 				t, errs[worker] = timed(func() error {
 					for _, ref := range refs {
@@ -238,17 +247,16 @@ func lookUpAtRandom(ctx context.Context, d *cache.Disk, spec storeSpec, workers 
 					}
 					return nil
 				})
-				n, took = n+len(refs), took+t
+				n, took, used = n+len(refs), took+t, used+cpuOfThisProcess()-before
 			}
-			rates[worker] = float64(n) / took
+			rates[worker], cpus[worker] = float64(n)/took, used/float64(n)
 		})
 	}
 	wg.Wait()
-	sum := 0.0
-	for _, rate := range rates {
-		sum += rate
+	for _, r := range rates {
+		rate += r
 	}
-	return sum, errors.Join(errs...)
+	return rate, cpus[0], errors.Join(errs...)
 }
 
 // ownMemory returns how many megabytes are resident, and how many have been at most (proc_pid_status(5)).

@@ -312,6 +312,6 @@ func keep(store *cache.Disk, key *trusttest.Key, i int) error {
 func record(name string, blob, signature []byte, hashed trust.Hashed) cache.Record {
 	return cache.Record{
 		Digest: sha256.Sum256(blob), Name: name, Labels: benchLabels, Size: int64(len(blob)), Signed: true,
-		SignatureDigest: sha256.Sum256(signature), Hashed: hashed, Inspected: true, ImageID: sha512.Sum512(blob),
+		SignatureDigest: sha256.Sum256(signature), Hashed: cache.HashesOf(hashed), Inspected: true, ImageID: sha512.Sum512(blob),
 	}
 }
