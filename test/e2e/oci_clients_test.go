@@ -45,8 +45,36 @@ func (s *scene) program(name string, args ...string) *exec.Cmd {
 	s.t.Helper()
 	cmd := command()
 	cmd.Path, cmd.Args = must(lookPath(name))(s.t), append([]string{name}, args...)
-	cmd.Env = append(cmd.Env, "HOME="+s.dir, "XDG_RUNTIME_DIR="+s.dir, "XDG_CONFIG_HOME="+s.dir, "XDG_DATA_HOME="+s.dir, "XDG_CACHE_HOME="+s.dir, "TMPDIR="+s.dir)
+	// That there are no certificates has to be said by a directory, to containerd.
+	none := s.path("no-certificates")
+	if err := os.MkdirAll(none, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	cmd.Env = append(cmd.Env, "SSL_CERT_DIR="+none, "HOME="+s.dir, "XDG_RUNTIME_DIR="+s.dir, "XDG_CONFIG_HOME="+s.dir, "XDG_DATA_HOME="+s.dir, "XDG_CACHE_HOME="+s.dir, "TMPDIR="+s.dir)
 	return cmd
+}
+
+// deployed returns a file of deploy/ in which some texts, each of which has to be there, are replaced by others.
+func (s *scene) deployed(dir, name string, change ...string) string {
+	s.t.Helper()
+	text := string(must(os.ReadFile(filepath.Join("..", "..", "deploy", dir, name)))(s.t))
+	for i := 0; i < len(change); i += 2 {
+		if !strings.Contains(text, change[i]) {
+			s.t.Errorf("deploy/%s/%s doesn't say %s", dir, name, change[i])
+		}
+	}
+	return strings.NewReplacer(change...).Replace(text)
+}
+
+// TestContainerdConfiguration has containerd read what its own configuration has to say, and print what it makes of that.
+func TestContainerdConfiguration(t *testing.T) {
+	t.Parallel()
+	testtools.Need(t, "containerd")
+	s := &scene{t: t, dir: t.TempDir()}
+	out, err := run(s.program("containerd", "--config", must(filepath.Abs("../../deploy/containerd/config.toml"))(t), "config", "dump"))
+	if err != nil || !strings.Contains(out, `config_path = "/etc/containerd/certs.d"`) {
+		t.Errorf("containerd makes of it, %v:\n%s", err, out)
+	}
 }
 
 // run runs a program to its end.
@@ -119,7 +147,7 @@ func (s *scene) podman() *engine {
 	testtools.Need(s.t, "podman")
 	podman := func(args ...string) *exec.Cmd {
 		// What the server's address is changes when it is started again.
-		s.write("registries.conf", fmt.Appendf(nil, "[[registry]]\nprefix = %q\nlocation = %q\ninsecure = true\n", imageHost, s.server().address("http")+"/"+imageHost))
+		s.write("registries.conf", []byte(s.deployed("containers", "acproxy.conf", "acproxy.example.net", s.server().address("http"))+"insecure = true\n"))
 		cmd := s.program("podman", append([]string{
 			"--root", s.path("podman"), "--runroot", s.path("podman-run"), "--tmpdir", s.path("podman-tmp"), "--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "none",
 		}, args...)...)
@@ -222,13 +250,20 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				s.t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", s.plain(), s.plain()), 0o600); err != nil {
-				s.t.Fatal(err)
-			}
+			change := []string{"https://acproxy.example.net", s.plain(), "/etc/containerd/certs.d/example.com/acproxy-ca.pem", s.path("data", "ca", "ca.pem")}
 			args := []string{"images", "pull", "--hosts-dir", hosts, "--snapshotter", "native"}
 			if user != nil {
 				password, _ := user.Password()
-				args = append(args, "--user", user.Username()+":"+password)
+				shown := user.Username() + ":" + password
+				if mirror {
+					// The lines that are there for who needs them.
+					change = append(change, "# [host.", "[host.", "#   authorization", "authorization", "bm9kZTpUT0tFTg==", base64.StdEncoding.EncodeToString([]byte(shown)))
+				} else {
+					args = append(args, "--user", shown)
+				}
+			}
+			if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(s.deployed("containerd", "hosts.toml", change...)), 0o600); err != nil {
+				s.t.Fatal(err)
 			}
 			return run(ctr(append(args, full(im))...))
 		},
