@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/appc/spec/schema/types"
 	"github.com/robfig/cron/v3"
 
 	"github.com/acproxy/acproxy"
@@ -577,8 +578,8 @@ func (c *Config) checkOCI(r *report) {
 		r.value("oci.platforms", "there is no platform: write those of the nodes, as in [linux/amd64]")
 	}
 	for i, platform := range c.OCI.Platforms {
-		os, arch, ok := strings.Cut(platform, "/")
-		if !ok || os == "" || arch == "" || strings.Contains(arch, "/") {
+		os, arch, _ := strings.Cut(platform, "/")
+		if !slices.Contains(types.ValidOSArch[os], arch) {
 			r.value(index("oci.platforms", i), "%q is no platform: write os/arch in appc's words, as in linux/amd64 or linux/aarch64", clip(platform))
 		}
 	}
