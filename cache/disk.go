@@ -140,7 +140,7 @@ type Disk struct {
 	// beingFlushed are the access times that are being written.
 	beingFlushed map[acproxy.Digest]time.Time
 	suspended    map[string]suspended // by the key of their arrival
-	spools       map[string]*Spool    // by path, those that are whole
+	spools       map[string]*Spool    // by path
 	shards       map[string]bool      // the directories of blobs that exist
 	pointed      int64                // the last number given to a Resolution
 }

@@ -108,6 +108,7 @@ type space struct {
 	arriving  map[*Partial]struct{} // of what is loose, that which isn't all written
 	suspended int64                 // of what is loose, what nobody writes any more
 	spooled   int64                 // of what is loose, what can be made again
+	spools    map[*Spool]struct{}   // that for which something counts
 }
 
 // promise is somebody who waits for space.
@@ -121,7 +122,7 @@ type promise struct {
 
 func newSpace(quota Quota, free func() (int64, error), wake func()) *space {
 	s := &space{
-		free: free, wake: wake, known: make(chan struct{}), dirs: make(map[string]int64), arriving: make(map[*Partial]struct{}),
+		free: free, wake: wake, known: make(chan struct{}), dirs: make(map[string]int64), arriving: make(map[*Partial]struct{}), spools: make(map[*Spool]struct{}),
 	}
 	s.setQuota(quota)
 	return s
@@ -235,6 +236,9 @@ func (s *space) unwritten() int64 {
 	n := int64(housekeeping)
 	for p := range s.arriving {
 		n += max(0, p.promised-p.onDisk())
+	}
+	for spool := range s.spools {
+		n += max(0, spool.promised-blocks(spool.Size()))
 	}
 	return n
 }
@@ -375,15 +379,28 @@ func (s *space) tryPromise(n int64) bool {
 	return true
 }
 
-// promiseSpool promises n bytes to what nothing is to be evicted for: if they are free, and leave what is taken below the high watermark.
-func (s *space) promiseSpool(n int64) bool {
+// promiseSpool promises n bytes more to a spool, for which nothing is to be evicted: if they are free, and leave what is taken below the high watermark. With n
+// less than 0 they are given back, whatever else is so.
+func (s *space) promiseSpool(spool *Spool, n int64) bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if q := s.quota(); q.limits() && (s.closed || s.unknown > 0 && q.MaxSize > 0 || len(s.waiting) > 0 || !s.fits(n) || s.above(q.High)+n > 0) {
+	q := s.quota()
+	if n > 0 && q.limits() && (s.closed || s.unknown > 0 && q.MaxSize > 0 || len(s.waiting) > 0 || !s.fits(n) || s.above(q.High)+n > 0) {
+		s.mu.Unlock()
 		return false
 	}
+	spool.promised += n
 	s.loose += n
 	s.spooled += n
+	if spool.promised > 0 {
+		s.spools[spool] = struct{}{}
+	} else {
+		delete(s.spools, spool)
+	}
+	wake := n < 0 && len(s.waiting) > 0
+	s.mu.Unlock()
+	if wake {
+		s.wake()
+	}
 	return true
 }
 
@@ -405,14 +422,6 @@ func (s *space) add(n int64) {
 
 // release gives back n bytes.
 func (s *space) release(n int64) { s.add(-n) }
-
-// releaseSpool gives back n bytes of those that were promised to a spool.
-func (s *space) releaseSpool(n int64) {
-	s.mu.Lock()
-	s.spooled -= n
-	s.mu.Unlock()
-	s.release(n)
-}
 
 // loosen notes that something may have become evictable.
 func (s *space) loosen() {

@@ -132,6 +132,11 @@ func (d *Disk) Scrub(ctx context.Context, o ScrubOptions) (Scrubbed, error) {
 	}
 }
 
+// ScrubImage reads one image now, of which somebody has seen that its bytes may not be what they were, and repairs what it can as [Disk.Scrub] does.
+func (d *Disk) ScrubImage(ctx context.Context, digest acproxy.Digest) error {
+	return (&scrubber{d: d, pace: &pacer{}}).image(ctx, digest)
+}
+
 // scrubFinished notes that all images have been read since some time, so that the reading in the background begins anew.
 func (d *Disk) scrubFinished(began time.Time) error {
 	d.scrub.mu.Lock()

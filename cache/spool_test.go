@@ -3,9 +3,11 @@ package cache_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -147,6 +149,109 @@ func TestNothingIsEvictedForASpool(t *testing.T) {
 		t.Errorf("evicted: %s", got)
 	}
 	w.counted("in the end")
+}
+
+// TestSpoolThatIsWrittenGoes has an image need the space of a spool that isn't whole yet.
+func TestSpoolThatIsWrittenGoes(t *testing.T) {
+	w := newWarden(t, cache.Quota{MaxSize: 32 * mib, Grace: -1, High: 100, Low: 100})
+	s, err := w.Spool("a layer", 24*mib)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Write(make([]byte, mib)); err != nil {
+		t.Fatal(err)
+	}
+	w.commit(image("new", 16*mib))
+	if got := w.gone(); got != "spool" {
+		t.Errorf("evicted: %s", got)
+	}
+	_, err = s.Write(make([]byte, mib))
+	wantNoSpace(t, err, "quota")
+	if err := s.Keep(); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("Keep: %v", err)
+	}
+	if err := s.Discard(); err != nil {
+		t.Error(err)
+	}
+	w.counted("in the end")
+}
+
+// TestSpoolsAndMinFree promises no byte twice of those that are free.
+func TestSpoolsAndMinFree(t *testing.T) {
+	const free = 64 * mib
+	w := newWarden(t, cache.Quota{MinFree: 8 * mib, Grace: -1, High: 100, Low: 100}, func(o *cache.Options) { o.Free = func() (int64, error) { return free, nil } })
+	var all []*cache.Spool
+	for {
+		s, err := w.Spool("a layer", 10*mib)
+		if err != nil {
+			wantNoSpace(t, err, "quota")
+			break
+		}
+		if all = append(all, s); len(all) > 10 {
+			break
+		}
+	}
+	// 64 MiB are free, 8 have to be left, and 1 is kept for what is written without asking.
+	if len(all) != 5 {
+		t.Errorf("%d spools of 10 MiB were promised, want 5", len(all))
+	}
+	for _, s := range all {
+		if err := s.Discard(); err != nil {
+			t.Error(err)
+		}
+	}
+	if s, err := w.Spool("a layer", 50*mib); err != nil {
+		t.Error(err)
+	} else if err := s.Discard(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestSpoolsAtOnce writes, keeps, opens, evicts and discards spools by many at once.
+func TestSpoolsAtOnce(t *testing.T) {
+	w := newWarden(t, cache.Quota{MaxSize: 32 * mib, Grace: -1, High: 90, Low: 80})
+	var all sync.WaitGroup
+	for i := range 8 {
+		all.Go(func() {
+			for n := range 30 {
+				s, err := w.Spool("a layer", int64(n%3-1)*mib)
+				if err != nil {
+					continue
+				}
+				for range 1 + (i+n)%8 {
+					if _, err = s.Write(make([]byte, mib/2)); err != nil {
+						break
+					}
+				}
+				if err == nil {
+					err = s.Keep()
+				}
+				if err != nil {
+					if !errors.Is(err, acproxy.ErrNoSpace) && !errors.Is(err, acproxy.ErrNotFound) {
+						t.Error(err)
+					}
+					err = s.Discard()
+				} else if f, openErr := s.Open(); openErr == nil {
+					err = f.Close()
+				}
+				if n%2 == 0 {
+					err = errors.Join(err, s.Discard())
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for i := range 5 {
+		w.commit(image(fmt.Sprintf("image%d", i), 4*mib))
+	}
+	all.Wait()
+	w.commit(image("last", 20*mib))
+	w.counted("in the end")
+	if u := w.usage(); u.Open != 0 {
+		t.Errorf("%d bytes count for files that are open", u.Open)
+	}
 }
 
 // TestSpoolsEndWithTheProcess leaves spools behind, a whole one and one that is being written, and opens the store again.
