@@ -34,8 +34,8 @@ type Spool struct {
 	// promised is what counts for it, in bytes; guarded by the mutex of the disk's space.
 	promised int64
 
-	// used is guarded by the mutex of the disk.
-	used time.Time
+	// These are guarded by the mutex of the disk.
+	used, kept time.Time
 
 	mu   sync.Mutex   // held while the file is written, closed or removed
 	file durable.File // nil once it is closed
@@ -124,6 +124,7 @@ func (s *Spool) Keep() error {
 	if !s.gone.Load() {
 		d.space.promiseSpool(s, blocks(s.Size())-s.counts())
 		s.used = d.now()
+		s.kept = s.used
 	}
 	d.mu.Unlock()
 	if closed {
@@ -171,6 +172,13 @@ func (s *Spool) Used() time.Time {
 	s.disk.mu.Lock()
 	defer s.disk.mu.Unlock()
 	return s.used
+}
+
+// Kept returns when the spool was kept.
+func (s *Spool) Kept() time.Time {
+	s.disk.mu.Lock()
+	defer s.disk.mu.Unlock()
+	return s.kept
 }
 
 // Discard removes the spool. Files of it that are open stay readable, and count until they are closed. A spool that is gone is no error.

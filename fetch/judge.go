@@ -57,8 +57,13 @@ func (v *verdicts) put(on basis, digest acproxy.Digest, j judged) {
 	v.of[digest] = j
 }
 
-// Acceptable returns nil if a held image may be served now, by the keys and the policies of this moment, else why it may not.
-func (f *Fetcher) Acceptable(rec cache.Record) error { return f.acceptable(rec) }
+// Acceptable returns nil if a held image may be served now, by the names that are allowed, the keys and the policies of this moment, else why it may not.
+func (f *Fetcher) Acceptable(rec cache.Record) error {
+	if err := f.allowed(rec.Name); err != nil {
+		return err
+	}
+	return f.acceptable(rec)
+}
 
 // acceptable returns nil if a held image may be served now: it isn't quarantined, and the keys as they are now accept its signature. The bytes
 // aren't read for it: the hash states kept in the record are enough.

@@ -446,9 +446,8 @@ func (p *parts) openOCI(dir string) (err error) {
 		spool = nil
 	}
 	p.oci, err = oci.New(oci.Config{
-		Spool:   spool,
 		Fetcher: p.fetcher, Store: p.store, Dir: dir, Platforms: platforms, Wait: time.Duration(c.Wait), Keep: time.Duration(c.Keep), Parallel: c.Parallel, Limits: limits(p.cfg),
-		Converted: p.metrics.Converted, Log: p.log,
+		Spool: spool, Suspect: p.store.ScrubImage, Converted: p.metrics.Converted, Log: p.log,
 	})
 	return err
 }

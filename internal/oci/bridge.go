@@ -21,7 +21,6 @@ import (
 
 	"github.com/appc/spec/schema"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/singleflight"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
@@ -45,6 +44,9 @@ type Config struct {
 	// who asks for it.
 	Spool func(what string, size int64) (*cache.Spool, error)
 	Keep  time.Duration // for how long a layer is kept after it was asked for last; 0 means DefaultKeep
+	// Suspect is told of an image whose bytes aren't what they were; it looks at them and repairs what it can, as [cache.Disk.ScrubImage] does. nil means nobody is
+	// told.
+	Suspect func(ctx context.Context, digest acproxy.Digest) error
 	// Converted is told of every layer that was made: how many bytes it has, and how long that took. nil means nobody is told.
 	Converted func(bytes int64, took time.Duration, err error)
 
@@ -73,8 +75,8 @@ type Bridge struct {
 	log *slog.Logger
 	now func() time.Time
 
-	flights singleflight.Group // by the key of a layer or of an image
-	turns   chan struct{}      // one for each layer that is being made
+	turns   chan struct{} // one for each layer that is being made
+	streams chan struct{} // one for each that is made while it is sent
 
 	docs      *memo.Memo[string, *made]             // by key
 	failures  *memo.Memo[string, error]             // by layerKey, of those that never will be made
@@ -83,6 +85,9 @@ type Bridge struct {
 	loaded chan struct{} // closed once it is known what was made before
 
 	mu       sync.Mutex
+	makings  map[string]*making // by the key of a layer or of an image
+	queued   int                // makings that wait for their turn
+	suspects map[acproxy.Digest]bool
 	made     map[string]bool // by key
 	byDigest map[acproxy.Digest][]place
 	layers   map[string]descriptor // by layerKey
@@ -97,7 +102,7 @@ type Bridge struct {
 
 // New returns a Bridge. Close ends what it has in progress.
 func New(cfg Config) (*Bridge, error) {
-	b := &Bridge{cfg: cfg, log: cfg.Log, now: cfg.Now, loaded: make(chan struct{}), made: make(map[string]bool), byDigest: make(map[acproxy.Digest][]place), layers: make(map[string]descriptor), unkept: make(map[string]*made), spools: make(map[acproxy.Digest]*cache.Spool)}
+	b := &Bridge{cfg: cfg, log: cfg.Log, now: cfg.Now, loaded: make(chan struct{}), makings: make(map[string]*making), suspects: make(map[acproxy.Digest]bool), made: make(map[string]bool), byDigest: make(map[acproxy.Digest][]place), layers: make(map[string]descriptor), unkept: make(map[string]*made), spools: make(map[acproxy.Digest]*cache.Spool)}
 	if b.log == nil {
 		b.log = slog.Default()
 	}
@@ -119,7 +124,7 @@ func New(cfg Config) (*Bridge, error) {
 	if cfg.Parallel == 0 {
 		b.cfg.Parallel = max(1, runtime.GOMAXPROCS(0)/2)
 	}
-	b.turns = make(chan struct{}, b.cfg.Parallel)
+	b.turns, b.streams = make(chan struct{}, b.cfg.Parallel), make(chan struct{}, streamsPerTurn*b.cfg.Parallel)
 	b.docs, b.manifests = memo.New[string, *made](maxDocs), memo.New[acproxy.Digest, *rendered](maxManifests)
 	b.failures = memo.New[string, error](maxDocs)
 	var files []fs.DirEntry
@@ -141,11 +146,15 @@ func New(cfg Config) (*Bridge, error) {
 	return b, nil
 }
 
-// How much is remembered to be had at once: up to some kilobytes, and up to a megabyte, each.
+// How much is remembered to be had at once: documents of up to maxDoc bytes, and manifests of up to a megabyte.
 const (
 	maxDocs      = 1024
+	maxDoc       = 64 << 10
 	maxManifests = 64
 )
+
+// streamsPerTurn is how many layers may be made while they are sent for each that may be made to be kept: those wait for clients, too.
+const streamsPerTurn = 8
 
 // Close ends what is being made, and waits for it.
 func (b *Bridge) Close() error {
@@ -179,25 +188,37 @@ type Content struct {
 	Size      int64        // bytes
 	Status    fetch.Status // how the image came to be here
 	Latest    bool         // the answer to a tag that stands for another image sooner or later
+	Partial   bool         // an index from which a platform is missing that could not be asked for now
 
 	document []byte
 	b        *Bridge
 	pieces   []piece
 	layer    int // of the pieces, if there is no document
 	file     *cache.Blob
+	streams  bool // it has one of the turns to be made while it is sent
 }
 
-// Open has the file of a layer be there, if it can be, making it again if it isn't kept any more. The caller closes the content.
+// Open has the file of a layer be there, if it can be, making it again if it isn't kept any more; else it waits for the turn to make the layer while it is sent. The
+// caller closes the content.
 func (c *Content) Open(ctx context.Context) (err error) {
-	if c.document == nil {
-		ctx, cancel := c.b.patient(ctx, c.pieces[c.layer].Name)
-		defer cancel()
-		c.file, err = c.b.open(ctx, c.pieces, c.layer)
+	if c.document != nil {
+		return nil
 	}
-	return err
+	ctx, cancel := c.b.patient(ctx, c.pieces[c.layer].Name)
+	defer cancel()
+	if c.file, err = c.b.open(ctx, c.pieces, c.layer); err != nil || c.file != nil {
+		return err
+	}
+	select {
+	case c.b.streams <- struct{}{}:
+		c.streams = true
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
-// File returns the file that Open has opened, nil if there is none: then WriteTo makes what it writes.
+// File returns the file that Open has opened, nil if there is none: then Send makes what it writes.
 func (c *Content) File() *os.File {
 	if c.file == nil {
 		return nil
@@ -207,22 +228,26 @@ func (c *Content) File() *os.File {
 
 // Close closes what Open has opened.
 func (c *Content) Close() error {
+	if c.streams {
+		c.streams = false
+		<-c.b.streams
+	}
 	if c.file == nil {
 		return nil
 	}
 	return c.file.Close()
 }
 
-// WriteTo writes the content. If a layer turns out not to be what its digest says, because the disk has lost bytes of the image, that is an error, and the end of
+// Send writes the content. If a layer turns out not to be what its digest says, because the disk has lost bytes of the image, that is an error, and the end of
 // it is not written.
-func (c *Content) WriteTo(w io.Writer) (int64, error) {
+func (c *Content) Send(ctx context.Context, w io.Writer) (int64, error) {
 	if c.document != nil {
 		n, err := w.Write(c.document)
 		return int64(n), err
 	}
 	counted := &counter{w: w}
 	last := &heldBack{w: counted, hash: sha256.New()}
-	err := c.b.writeLayer(last, c.pieces, c.layer)
+	err := c.b.writeLayer(ctx, last, c.pieces, c.layer)
 	if err == nil {
 		err = last.end(c.Digest)
 	}
@@ -321,28 +346,29 @@ func (b *Bridge) known(ctx context.Context, q Query, digest acproxy.Digest, pick
 		}
 		keys = b.keys(digest, q.Name)
 	}
-	var first error
-	for _, key := range keys {
-		m, err := b.get(key)
-		if err != nil {
-			continue
-		}
-		c, err := pick(m)
-		if c == nil && err == nil {
-			continue
-		}
-		if err == nil {
-			err = b.servable(ctx, q, m)
-		}
-		if err == nil {
-			return c, nil
-		}
-		if first == nil {
-			first = err
+	// Several versions of an image may have it in them: rather one of which all is here, so that nobody is asked.
+	var last error
+	for _, fetching := range []bool{false, true} {
+		for _, key := range keys {
+			m, err := b.get(key)
+			if err != nil {
+				continue
+			}
+			c, err := pick(m)
+			if c == nil && err == nil {
+				continue
+			}
+			if err == nil {
+				err = b.servable(ctx, q, m, fetching)
+			}
+			if err == nil {
+				return c, nil
+			}
+			last = err
 		}
 	}
-	if first != nil {
-		return nil, first
+	if last != nil {
+		return nil, last
 	}
 	return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-such-digest", Detail: fmt.Sprintf("no image of %s that was asked for by a tag has %v in it", q.Name, digest)}
 }
@@ -383,24 +409,37 @@ func (b *Bridge) get(key string) (*made, error) {
 	}
 	m, err := b.read(key)
 	if err == nil {
-		b.docs.Put(key, m)
+		b.remember(m)
 	}
 	return m, err
 }
 
-// servable returns why something may not be served: every image that it was made of has to be held, by keys and policies as they are now, and the client has
-// to have a right to it. What is gone is fetched again.
-func (b *Bridge) servable(ctx context.Context, q Query, m *made) error {
+// remember has a document be had at once, unless it is long.
+func (b *Bridge) remember(m *made) {
+	if len(m.Config)+len(m.Manifest) <= maxDoc {
+		b.docs.Put(m.Key, m)
+	}
+}
+
+// servable returns why something may not be served: every image that it was made of has to be held, by names, keys and policies as they are now, and the client has
+// to have a right to it. What is gone is fetched again if that is asked for. Of an index one image has to be servable.
+func (b *Bridge) servable(ctx context.Context, q Query, m *made, fetching bool) (err error) {
 	for _, child := range m.Children {
 		for _, key := range b.keys(child, m.Name) {
-			of, err := b.get(key)
-			if err != nil || of.Children != nil {
+			of, getErr := b.get(key)
+			if getErr != nil || of.Children != nil {
 				continue
 			}
-			if err := b.servable(ctx, q, of); err != nil {
-				return err
+			if err = b.servable(ctx, q, of, fetching); err == nil {
+				return nil
 			}
 		}
+	}
+	if m.Children != nil {
+		if err == nil {
+			err = &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "no-such-digest", Detail: "nothing is known any more of what the index is of"}
+		}
+		return err
 	}
 	for i, p := range m.Pieces {
 		if slices.ContainsFunc(m.Pieces[:i], func(before piece) bool { return before.Digest == p.Digest }) {
@@ -409,7 +448,7 @@ func (b *Bridge) servable(ctx context.Context, q Query, m *made) error {
 		if err := q.May(p.Name); err != nil {
 			return err
 		}
-		if err := b.ensure(ctx, q, p); err != nil {
+		if err := b.ensure(ctx, q, p, fetching); err != nil {
 			return fmt.Errorf("of what %s is made of, %s: %w", m.Name, p.what(), err)
 		}
 		b.cfg.Store.Touch(p.Digest)
@@ -417,11 +456,14 @@ func (b *Bridge) servable(ctx context.Context, q Query, m *made) error {
 	return nil
 }
 
-// ensure has a piece be held and accepted, or returns why it isn't.
-func (b *Bridge) ensure(ctx context.Context, q Query, p piece) error {
+// ensure has a piece be held and accepted, fetching it if that is asked for, or returns why it isn't.
+func (b *Bridge) ensure(ctx context.Context, q Query, p piece, fetching bool) error {
 	rec, err := b.cfg.Store.Record(p.Digest)
-	if err == nil && b.cfg.Fetcher.Acceptable(rec) == nil {
-		return nil
+	if err == nil {
+		err = b.cfg.Fetcher.Acceptable(rec)
+	}
+	if err == nil || !fetching {
+		return err
 	}
 	ref, err := p.ref()
 	if err != nil {
@@ -447,7 +489,7 @@ func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(s
 	defer cancel()
 	var all []*made
 	var status fetch.Status
-	var missing error
+	var missing, failed error
 	for i, platform := range b.cfg.Platforms {
 		m, s, err := b.forPlatform(ctx, q, tag, platform)
 		switch {
@@ -460,6 +502,9 @@ func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(s
 			if missing == nil {
 				missing = err
 			}
+		case errors.Is(err, acproxy.ErrPublisher), errors.Is(err, acproxy.ErrTimeout):
+			// What is here, or elsewhere, for the others can be had all the same.
+			failed = err
 		default:
 			return nil, err
 		}
@@ -468,6 +513,8 @@ func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(s
 		}
 	}
 	switch {
+	case len(all) == 0 && failed != nil:
+		return nil, failed
 	case len(all) == 0:
 		return nil, missing
 	case len(b.cfg.Platforms) > 1 && accepts(MediaTypeIndex):
@@ -481,7 +528,7 @@ func (b *Bridge) tagged(ctx context.Context, q Query, tag string, accepts func(s
 		return nil, &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "not-acceptable", Detail: fmt.Sprintf("it can be had as %s, and the request's Accept doesn't take that", all[0].mediaType())}
 	}
 	d := all[0].descriptor()
-	return &Content{MediaType: all[0].mediaType(), Digest: d.Digest, Size: d.Size, Status: status, Latest: tag == latest, document: all[0].Manifest}, nil
+	return &Content{MediaType: all[0].mediaType(), Digest: d.Digest, Size: d.Size, Status: status, Latest: tag == latest, Partial: failed != nil, document: all[0].Manifest}, nil
 }
 
 // indexOf returns the index of what an image is on several platforms.
@@ -541,44 +588,24 @@ func (b *Bridge) ofVersion(ctx context.Context, q Query, version string, platfor
 	if m, err := b.get(key); err == nil {
 		return m, status, nil
 	}
-	m, err := b.once(ctx, key, func() (any, error) { return b.make(key, pieces, is) })
+	m, err := b.once(ctx, key, func(m *making) (any, error) { return b.make(m, key, pieces, is) })
+	if absent(err) && acproxy.Code(err) != codeUnconvertible {
+		// It was evicted before its turn came.
+		err = &acproxy.Error{Kind: acproxy.ErrBusy, Code: codeConverting, RetryAfter: time.Second, Detail: "what it is made of has gone in the meantime: ask again", Err: err}
+	}
 	if err != nil {
 		return nil, 0, fmt.Errorf("making an OCI image of %s: %w", own.what(), err)
 	}
 	return m.(*made), status, nil
 }
 
-// once has something made by one goroutine, for all who wait for it. It goes on when they leave.
-func (b *Bridge) once(ctx context.Context, key string, do func() (any, error)) (any, error) {
-	// It ends with b.ctx, which Close cancels before it waits for it.
-	done := b.flights.DoChan(key, func() (any, error) {
-		b.mu.Lock()
-		if b.ctx.Err() != nil {
-			b.mu.Unlock()
-			return nil, errClosed
-		}
-		b.work.Add(1)
-		b.mu.Unlock()
-		defer b.work.Done()
-		return do()
-	})
-	select {
-	case r := <-done:
-		return r.Val, r.Err
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-}
-
-var errClosed = &acproxy.Error{Kind: acproxy.ErrBusy, Code: "closing", Detail: "this proxy is being stopped"}
-
 // make makes an OCI image of pieces whose layers aren't known yet.
-func (b *Bridge) make(key string, pieces []piece, platform imagespec.Platform) (*made, error) {
+func (b *Bridge) make(m *making, key string, pieces []piece, platform imagespec.Platform) (*made, error) {
 	started := b.now()
 	pieces = slices.Clone(pieces)
 	for i := range pieces {
 		var err error
-		if pieces[i].Layer, err = b.layer(pieces, i); err != nil {
+		if pieces[i].Layer, err = b.layer(m.ctx, pieces, i); err != nil {
 			return nil, fmt.Errorf("%s: %w", pieces[i].what(), err)
 		}
 	}
@@ -595,14 +622,14 @@ func (b *Bridge) make(key string, pieces []piece, platform imagespec.Platform) (
 	if err != nil {
 		return nil, err
 	}
-	m := &made{Key: key, Name: own.Name, Platform: platform, Pieces: pieces, Config: config, Manifest: manifest}
-	b.keep(m)
-	b.log.Info("an OCI image was made", "image", own.what(), "platform", platform.OS+"/"+platform.Architecture, "digest", m.descriptor().Digest, "layers", len(pieces), "took", b.now().Sub(started).Round(time.Millisecond))
-	return m, nil
+	out := &made{Key: key, Name: own.Name, Platform: platform, Pieces: pieces, Config: config, Manifest: manifest}
+	b.keep(out)
+	b.log.Info("an OCI image was made", "image", own.what(), "platform", platform.OS+"/"+platform.Architecture, "digest", out.descriptor().Digest, "layers", len(pieces), "took", b.now().Sub(started).Round(time.Millisecond))
+	return out, nil
 }
 
 // layer returns what the layer of a piece is called, and how long it is.
-func (b *Bridge) layer(pieces []piece, i int) (descriptor, error) {
+func (b *Bridge) layer(ctx context.Context, pieces []piece, i int) (descriptor, error) {
 	key := layerKey(pieces, i)
 	b.mu.Lock()
 	d, ok := b.layers[key]
@@ -613,8 +640,8 @@ func (b *Bridge) layer(pieces []piece, i int) (descriptor, error) {
 	if err, ok := b.failures.Get(key); ok {
 		return d, err
 	}
-	v, err := b.once(b.ctx, key, func() (any, error) {
-		d, err := b.convert(pieces, i, b.spool(pieces[i], -1))
+	v, err := b.once(ctx, key, func(m *making) (any, error) {
+		d, err := b.convert(m, pieces, i, -1)
 		if err == nil {
 			b.mu.Lock()
 			b.layers[key] = d
@@ -630,19 +657,23 @@ func (b *Bridge) layer(pieces []piece, i int) (descriptor, error) {
 	return v.(descriptor), nil
 }
 
-// convert makes the layer of a piece, finds out what it is called, and keeps it in a spool, unless that is nil.
-func (b *Bridge) convert(pieces []piece, i int, keep *optional) (descriptor, error) {
-	select {
-	case b.turns <- struct{}{}:
-	case <-b.ctx.Done():
-		keep.drop(nil)
-		return descriptor{}, errClosed
+// convert makes the layer of a piece when its turn comes, finds out what it is called, and keeps it if there is space for it. With a size, which it has to have, it
+// isn't made if it can't be kept.
+func (b *Bridge) convert(m *making, pieces []piece, i int, size int64) (descriptor, error) {
+	giveBack, err := b.turn(m)
+	if err != nil {
+		return descriptor{}, err
 	}
-	defer func() { <-b.turns }()
+	defer giveBack()
+	keep := b.spool(pieces[i], size)
+	if size >= 0 && keep.spool == nil {
+		return descriptor{}, errNotKept
+	}
 	started := b.now()
 	hash := sha256.New()
 	counted := &counter{w: io.MultiWriter(hash, keep)}
-	err := b.writeLayer(&untilDone{counted, b.ctx}, pieces, i)
+	// Not that of the making: this goes on.
+	err = b.writeLayer(b.ctx, counted, pieces, i)
 	if b.cfg.Converted != nil {
 		b.cfg.Converted(counted.n, b.now().Sub(started), err)
 	}
@@ -655,24 +686,28 @@ func (b *Bridge) convert(pieces []piece, i int, keep *optional) (descriptor, err
 	return d, nil
 }
 
-// untilDone is a writer that fails once ctx is done.
+// errNotKept says that there is no space for a layer.
+var errNotKept = errors.New("there is no space for it")
+
+// untilDone is a reader that fails once ctx is done.
 type untilDone struct {
-	io.Writer
+	io.Reader
 	ctx context.Context
 }
 
-// Write is the writer's, unless ctx is done.
-func (w *untilDone) Write(p []byte) (int, error) {
-	if w.ctx.Err() != nil {
-		return 0, errClosed
+// Read is the reader's, unless ctx is done.
+func (r *untilDone) Read(p []byte) (int, error) {
+	if r.ctx.Err() != nil {
+		return 0, context.Cause(r.ctx)
 	}
-	return w.Writer.Write(p)
+	return r.Reader.Read(p)
 }
 
-// writeLayer writes the layer of a piece.
-func (b *Bridge) writeLayer(w io.Writer, pieces []piece, i int) error {
+// writeLayer writes the layer of a piece. It returns an error if the bytes that it was made of are not those that were signed.
+func (b *Bridge) writeLayer(ctx context.Context, w io.Writer, pieces []piece, i int) error {
+	p := pieces[i]
 	var keep []*paths
-	for _, within := range pieces[i].Within {
+	for _, within := range p.Within {
 		r, err := b.rendered(pieces[within].Digest)
 		if err != nil {
 			return err
@@ -684,12 +719,45 @@ func (b *Bridge) writeLayer(w io.Writer, pieces []piece, i int) error {
 		}
 		keep = append(keep, list)
 	}
-	blob, err := b.cfg.Store.OpenBlob(pieces[i].Digest)
+	blob, err := b.cfg.Store.OpenBlob(p.Digest)
 	if err != nil {
 		return err
 	}
 	defer blob.Close()
-	return writeLayer(w, blob, pieces[i].Size, b.cfg.Limits, keep)
+	hash := sha256.New()
+	in := io.TeeReader(&untilDone{blob, ctx}, hash)
+	err = writeLayer(w, in, p.Size, b.cfg.Limits, keep)
+	var broken *aci.Violation
+	if err == nil {
+		_, err = io.Copy(io.Discard, in)
+	}
+	if err == nil && acproxy.Digest(hash.Sum(nil)) != p.Digest || errors.As(err, &broken) {
+		b.suspect(p.Digest)
+		return &acproxy.Error{
+			Kind: acproxy.ErrBusy, Code: "image-damaged", RetryAfter: 10 * time.Second, Err: err,
+			Detail: "the disk has lost bytes of the image of " + p.what() + ": it is being looked at, and fetched again if that is so",
+		}
+	}
+	return err
+}
+
+// suspect has the bytes of an image be looked at.
+func (b *Bridge) suspect(digest acproxy.Digest) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.cfg.Suspect == nil || b.suspects[digest] || b.ctx.Err() != nil {
+		return
+	}
+	b.suspects[digest] = true
+	// It ends with its work, or with b.ctx; Close waits for it.
+	b.work.Go(func() {
+		if err := b.cfg.Suspect(b.ctx, digest); err != nil && b.ctx.Err() == nil {
+			b.log.Error("looking at an image whose bytes may be lost", "digest", digest, "err", err)
+		}
+		b.mu.Lock()
+		delete(b.suspects, digest)
+		b.mu.Unlock()
+	})
 }
 
 // rendered is what an image's manifest says of how it is rendered.

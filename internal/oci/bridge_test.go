@@ -160,7 +160,7 @@ func (s *scene) content(c *Content) []byte {
 	if f := c.File(); f != nil {
 		_, err = io.Copy(&b, f)
 	} else {
-		_, err = c.WriteTo(&b)
+		_, err = c.Send(s.t.Context(), &b)
 	}
 	if err != nil {
 		s.t.Fatal(err)
@@ -537,6 +537,156 @@ func TestNoSpool(t *testing.T) {
 	})
 }
 
+// TestDamagedBefore damages an image before its layer was ever made: nothing of it is remembered.
+func TestDamagedBefore(t *testing.T) {
+	suspected := make(chan acproxy.Digest, 10)
+	s := newScene(t, func(c *Config) {
+		c.Suspect = func(_ context.Context, digest acproxy.Digest) error { suspected <- digest; return nil }
+	})
+	rec := s.put(acitest.Spec{Name: "example.com/app", Compression: acitest.None, Files: map[string]string{"a": strings.Repeat("a", 100_000)}})
+	file := filepath.Join(s.dir, "store", "blobs", rec.Digest.Hex()[:2], rec.Digest.Hex())
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := bytes.Clone(good)
+	bad[bytes.LastIndexByte(bad, 'a')] ^= 1
+	if err := os.WriteFile(file, bad, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.bridge.Manifest(t.Context(), query("example.com/app"), latest, anything); acproxy.Code(err) != "image-damaged" || !errors.Is(err, acproxy.ErrBusy) {
+		t.Errorf("error = %v", err)
+	}
+	if got := <-suspected; got != rec.Digest {
+		t.Errorf("%v is suspected", got)
+	}
+	if err := os.WriteFile(file, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.layers("example.com/app")
+	s.reopen()
+	s.layers("example.com/app")
+}
+
+// TestSharedLayer asks for a layer that several versions have, of which one is gone.
+func TestSharedLayer(t *testing.T) {
+	s := newScene(t)
+	s.put(acitest.Spec{Name: "example.com/base", Files: map[string]string{"base": "base"}})
+	var recs []cache.Record
+	var manifests []imagespec.Manifest
+	for _, version := range []string{"1", "2"} {
+		recs = append(recs, s.put(acitest.Spec{Name: "example.com/app", Labels: map[string]string{"version": version}, Dependencies: []acitest.Dependency{{Name: "example.com/base"}}}))
+		_, m := s.manifest("example.com/app", version)
+		manifests = append(manifests, m)
+	}
+	if manifests[0].Layers[0].Digest != manifests[1].Layers[0].Digest {
+		t.Fatal("they share no layer")
+	}
+	if err := s.store.Delete(t.Context(), recs[0].Digest); err != nil {
+		t.Fatal(err)
+	}
+	s.missed.Store(0)
+	s.blob("example.com/app", manifests[1].Layers[0])
+	if n := s.missed.Load(); n != 0 {
+		t.Errorf("%d times an image was asked for that nobody wants", n)
+	}
+}
+
+// TestNamesThatAreNotAllowed asks for what is held, and not allowed any more.
+func TestNamesThatAreNotAllowed(t *testing.T) {
+	s := newScene(t)
+	s.putApp()
+	c, m := s.manifest("example.com/app", "1.0_git")
+	s.fetcher.Change(fetch.Settings{Offline: true, Allow: []string{"example.org"}, Policies: []fetch.Policy{{Trust: trust.Policy{Signature: trust.Optional}}}})
+	if _, err := s.bridge.Manifest(t.Context(), query("example.com/app"), c.Digest.String(), anything); acproxy.Code(err) != "name-not-allowed" {
+		t.Errorf("the manifest: %v", err)
+	}
+	digest, _ := acproxy.ParseDigest(m.Layers[0].Digest.String())
+	if _, err := s.bridge.Blob(t.Context(), query("example.com/app"), digest); acproxy.Code(err) != "name-not-allowed" {
+		t.Errorf("a layer: %v", err)
+	}
+	if tags, err := s.bridge.Tags(query("example.com/app")); err == nil {
+		t.Errorf("the tags: %q", tags)
+	}
+}
+
+// TestTagWithAnUnderscore holds several versions that look the same as tags.
+func TestTagWithAnUnderscore(t *testing.T) {
+	s := newScene(t)
+	annotation := func(tag string) string {
+		_, m := s.manifest("example.com/app", tag)
+		return m.Annotations[imagespec.AnnotationVersion]
+	}
+	put := func(version string) {
+		s.put(acitest.Spec{Name: "example.com/app", Labels: map[string]string{"version": version}})
+	}
+	put("1+0")
+	if got := annotation("1_0"); got != "1+0" {
+		t.Errorf("1_0 is %s when only that is held", got)
+	}
+	put("1_0")
+	if got := annotation("1_0"); got != "1_0" {
+		t.Errorf("1_0 is %s when it is held itself", got)
+	}
+}
+
+// TestQueue has clients ask for many images, and leave before the turn of any has come.
+func TestQueue(t *testing.T) {
+	s := newScene(t)
+	for i := range 20 {
+		s.put(acitest.Spec{Name: fmt.Sprintf("example.com/app%d", i), Seed: uint64(i), RootfsSize: 1000})
+	}
+	for range s.bridge.cfg.Parallel {
+		s.bridge.turns <- struct{}{}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	for i := range 20 {
+		all.Go(func() {
+			if _, err := s.bridge.Manifest(ctx, query(fmt.Sprintf("example.com/app%d", i)), latest, anything); !errors.Is(err, context.Canceled) {
+				t.Errorf("who has left: %v", err)
+			}
+		})
+	}
+	queued := func() int {
+		s.bridge.mu.Lock()
+		defer s.bridge.mu.Unlock()
+		return s.bridge.queued
+	}
+	until := func(what string, ok func() bool) {
+		for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: that doesn't happen; %d wait", what, queued())
+			}
+		}
+	}
+	until("all wait", func() bool { return queued() == 20 })
+	if u, err := s.store.Usage(); err != nil || u.Spools != 0 {
+		t.Errorf("%d bytes are promised to what waits, %v", u.Spools, err)
+	}
+	cancel()
+	all.Wait()
+	until("none waits", func() bool { return queued() == 0 })
+	for range s.bridge.cfg.Parallel {
+		<-s.bridge.turns
+	}
+	if n := s.converted.Load(); n != 0 {
+		t.Errorf("%d images were read for nobody", n)
+	}
+	s.layers("example.com/app1")
+	// A queue that is full says so.
+	s.bridge.mu.Lock()
+	s.bridge.queued += maxQueued
+	s.bridge.mu.Unlock()
+	if _, err := s.bridge.Manifest(t.Context(), query("example.com/app2"), latest, anything); acproxy.Code(err) != "too-many-conversions" {
+		t.Errorf("when too many wait: %v", err)
+	}
+	s.bridge.mu.Lock()
+	s.bridge.queued -= maxQueued
+	s.bridge.mu.Unlock()
+	s.layers("example.com/app2")
+}
+
 // TestDamagedImage changes a byte of an image that isn't compressed, and has its layer sent without a file.
 func TestDamagedImage(t *testing.T) {
 	for _, keep := range []bool{true, false} {
@@ -568,8 +718,9 @@ func TestDamagedImage(t *testing.T) {
 			}
 			var sent bytes.Buffer
 			if err = c.Open(t.Context()); err == nil && !keep {
-				_, err = c.WriteTo(&sent)
+				_, err = c.Send(t.Context(), &sent)
 			}
+			_ = c.Close()
 			if err == nil || c.File() != nil || int64(sent.Len()) >= c.Size {
 				t.Errorf("%d of %d bytes are sent, %v", sent.Len(), c.Size, err)
 			}
@@ -630,7 +781,7 @@ func TestWhoWaitsTooLong(t *testing.T) {
 	if err := s.bridge.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.bridge.once(t.Context(), "anything", func() (any, error) { t.Error("it was done"); return nil, nil }); acproxy.Code(err) != "closing" {
+	if _, err := s.bridge.once(t.Context(), "anything", func(*making) (any, error) { t.Error("it was done"); return nil, nil }); acproxy.Code(err) != "closing" {
 		t.Errorf("after the end: %v", err)
 	}
 }

@@ -3,6 +3,7 @@ package oci
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -109,7 +110,7 @@ func configOf(m *schema.ImageManifest, pieces []piece, platform imagespec.Platfo
 			return nil, err
 		}
 	}
-	return json.Marshal(out)
+	return document(out)
 }
 
 // runAs says how an app is run. Its exec is an entry point: what a pod gives as args follows it, as what rkt run gives after -- does.
@@ -125,8 +126,15 @@ func runAs(out *imagespec.ImageConfig, app *types.App) error {
 		if out.ExposedPorts == nil {
 			out.ExposedPorts = make(map[string]struct{})
 		}
-		for i := range min(p.Count, maxPorts) {
-			out.ExposedPorts[strconv.FormatUint(uint64(p.Port+i), 10)+"/"+strings.ToLower(p.Protocol)] = struct{}{}
+		protocol := strings.ToLower(p.Protocol)
+		if !slices.Contains([]string{"tcp", "udp", "sctp"}, protocol) {
+			continue
+		}
+		if p.Count > maxPorts || len(out.ExposedPorts) > maxPorts {
+			return unconvertible("its manifest has more than %d ports", maxPorts)
+		}
+		for i := range p.Count {
+			out.ExposedPorts[strconv.FormatUint(uint64(p.Port+i), 10)+"/"+protocol] = struct{}{}
 		}
 	}
 	for _, mount := range app.MountPoints {
@@ -138,8 +146,23 @@ func runAs(out *imagespec.ImageConfig, app *types.App) error {
 	return nil
 }
 
-// maxPorts bounds the ports that one line of a manifest stands for.
-const maxPorts = 1024
+// Bounds of what a manifest can say.
+const (
+	maxPorts    = 1024
+	maxDocument = 4 << 20 // bytes of a document; containerd reads no longer one
+)
+
+// document writes a document, unless it is too long.
+func document(v any) ([]byte, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, unconvertible("what its manifest says can't be said in JSON: %v", err)
+	}
+	if len(b) > maxDocument {
+		return nil, unconvertible("what its manifest says comes to %d bytes, and clients read no more than %d", len(b), maxDocument)
+	}
+	return b, nil
+}
 
 // labelsOf returns what stands in a manifest for people and programs: its annotations, but for those that have a place of their own, and its app's labels.
 func labelsOf(m *schema.ImageManifest) map[string]string {
@@ -198,7 +221,7 @@ func manifestOf(m *schema.ImageManifest, pieces []piece, config descriptor) ([]b
 	for _, p := range pieces {
 		out.Layers = append(out.Layers, p.Layer.as(MediaTypeLayer))
 	}
-	return json.Marshal(out)
+	return document(out)
 }
 
 // indexOf returns the OCI image index of one image for several platforms.
@@ -209,5 +232,5 @@ func indexOf(all []*made) ([]byte, error) {
 		d.Platform = &m.Platform
 		out.Manifests = append(out.Manifests, d)
 	}
-	return json.Marshal(out)
+	return document(out)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +26,10 @@ const xattrPrefix = "SCHILY.xattr."
 // codeUnconvertible is the code of an image that OCI has no words for.
 const codeUnconvertible = "no-oci-image"
 
+// overlayPrefix begins the extended attributes by which overlayfs says that something below is gone; a device of the numbers 0 and 0 says the same. No image has
+// them but one that was made of such a directory by mistake, or on purpose.
+const overlayPrefix = xattrPrefix + "trusted.overlay."
+
 // unconvertible says why an image can't be had as an OCI image.
 func unconvertible(format string, args ...any) error {
 	return &acproxy.Error{Kind: acproxy.ErrNotFound, Code: codeUnconvertible, Detail: fmt.Sprintf(format, args...)}
@@ -32,9 +37,8 @@ func unconvertible(format string, args ...any) error {
 
 // paths is a pathWhitelist (appc specification, "Image Manifest Schema"): the paths that there are once an image is rendered. nil lets everything through.
 type paths struct {
-	listed map[string]bool // without the slash that they begin with
-	above  map[string]bool // the directories above them
-	dirs   bool            // every directory is let through: an image's own whitelist is about files alone, to those who render images
+	listed []string // without the slash that they begin with, sorted
+	dirs   bool     // every directory is let through: an image's own whitelist is about files alone, to those who render images
 }
 
 // newPaths returns what a manifest lists, nil if it lists nothing.
@@ -42,20 +46,31 @@ func newPaths(list []string, dirs bool) *paths {
 	if len(list) == 0 {
 		return nil
 	}
-	p := &paths{dirs: dirs, listed: make(map[string]bool), above: make(map[string]bool)}
-	for _, name := range list {
-		name = strings.TrimPrefix(path.Clean("/"+name), "/")
-		p.listed[name] = true
-		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
-			p.above[dir] = true
-		}
+	p := &paths{listed: make([]string, len(list)), dirs: dirs}
+	for i, name := range list {
+		p.listed[i] = strings.TrimPrefix(path.Clean("/"+name), "/")
 	}
+	slices.Sort(p.listed)
 	return p
 }
 
 // keeps reports whether something is there once the image is rendered. A directory that leads to something that is listed is there, too.
 func (p *paths) keeps(name string, isDir bool) bool {
-	return p == nil || p.listed[name] || isDir && (p.dirs || p.above[name])
+	switch {
+	case p == nil, isDir && p.dirs:
+		return true
+	case p.has(name):
+		return true
+	case !isDir:
+		return false
+	}
+	i, _ := slices.BinarySearch(p.listed, name+"/")
+	return i < len(p.listed) && strings.HasPrefix(p.listed[i], name+"/")
+}
+
+func (p *paths) has(name string) bool {
+	_, ok := slices.BinarySearch(p.listed, name)
+	return ok
 }
 
 // writeLayer writes the files of an appc image as an OCI layer: a tar, not compressed, of what is in rootfs, as far as all the whitelists keep it. The same
@@ -139,7 +154,7 @@ func (l *layer) entry(from *tar.Header) error {
 		Uname: from.Uname, Gname: from.Gname, ModTime: from.ModTime.Truncate(time.Second), Devmajor: from.Devmajor, Devminor: from.Devminor,
 	}
 	for key, value := range from.PAXRecords {
-		if strings.HasPrefix(key, xattrPrefix) {
+		if strings.HasPrefix(key, xattrPrefix) && !strings.HasPrefix(key, overlayPrefix) {
 			if to.PAXRecords == nil {
 				to.PAXRecords = make(map[string]string)
 			}
@@ -147,6 +162,10 @@ func (l *layer) entry(from *tar.Header) error {
 		}
 	}
 	switch from.Typeflag {
+	case tar.TypeChar:
+		if from.Devmajor == 0 && from.Devminor == 0 {
+			return unconvertible("it has a device of the numbers 0 and 0, %.160q, and to today's runtimes that says that a file is gone", "/"+name)
+		}
 	case tar.TypeDir:
 		to.Name += "/"
 		to.Size = 0
@@ -165,7 +184,9 @@ func (l *layer) entry(from *tar.Header) error {
 	if l.room -= to.Size; l.room < 0 {
 		return unconvertible("its files come to more than its size, and fetch.limits, let one expect: it has a sparse file, %.160q among them, with holes that are too large", "/"+name)
 	}
-	if err := l.out.WriteHeader(to); err != nil {
+	if err := l.out.WriteHeader(to); errors.Is(err, tar.ErrHeader) || isHeaderError(err) {
+		return unconvertible("its entry %.160q can't be written into a tar again: %v", "/"+name, err)
+	} else if err != nil {
 		return fmt.Errorf("writing %.160q: %w", name, err)
 	}
 	if to.Size == 0 {
@@ -176,6 +197,11 @@ func (l *layer) entry(from *tar.Header) error {
 		return fmt.Errorf("writing %.160q: %w", name, err)
 	}
 	return nil
+}
+
+// isHeaderError reports whether a header can't be written, as package tar says it.
+func isHeaderError(err error) bool {
+	return err != nil && strings.HasPrefix(err.Error(), "archive/tar: cannot encode header")
 }
 
 // inRootfs returns the path of an entry below rootfs, "." for that itself. ok reports whether it is there.

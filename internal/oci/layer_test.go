@@ -205,6 +205,7 @@ func TestWhatHasNoLayer(t *testing.T) {
 		{"a whiteout", acitest.Must(t, acitest.Spec{Files: map[string]string{"etc/.wh.passwd": ""}}), nil, `has a file "/etc/.wh.passwd"`},
 		{"a directory that is one", acitest.Must(t, acitest.Spec{Extra: []acitest.Entry{acitest.Dir("rootfs/.wh.a")}}), nil, `has a file "/.wh.a"`},
 		{"holes that are too large", sparseImage(t, 1<<33), nil, "holes that are too large"},
+		{"overlayfs's word for a file that is gone", acitest.Must(t, acitest.Spec{Extra: []acitest.Entry{{Header: tar.Header{Typeflag: tar.TypeChar, Name: "rootfs/a", Mode: 0o600}}}}), nil, `numbers 0 and 0, "/a"`},
 		{"a link to what is not kept", acitest.Must(t, linked), []*paths{newPaths([]string{"/b"}, true)}, `keeps "/b", a hard link to "/a"`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

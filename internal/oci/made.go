@@ -158,7 +158,7 @@ func (b *Bridge) file(key string) string { return filepath.Join(b.cfg.Dir, key+m
 func (b *Bridge) keep(m *made) {
 	m.Format, m.Sum = format, m.sum()
 	b.index(m)
-	b.docs.Put(m.Key, m)
+	b.remember(m)
 	b.mu.Lock()
 	b.unkept[m.Key] = m
 	b.mu.Unlock()

@@ -86,7 +86,7 @@ func (b *Bridge) open(ctx context.Context, pieces []piece, i int) (*cache.Blob, 
 		return f, err
 	}
 	// The ones who wait for it share the making, and each opens the file for himself.
-	_, err = b.once(ctx, "spool "+p.Layer.Digest.Hex(), func() (any, error) {
+	_, err = b.once(ctx, "spool "+p.Layer.Digest.Hex(), func(m *making) (any, error) {
 		switch f, err := b.openKept(p.Layer.Digest); {
 		case err != nil:
 			return nil, err
@@ -94,11 +94,10 @@ func (b *Bridge) open(ctx context.Context, pieces []piece, i int) (*cache.Blob, 
 			// Somebody was faster.
 			return nil, f.Close()
 		}
-		o := b.spool(p, p.Layer.Size)
-		if o.spool == nil {
+		made, err := b.convert(m, pieces, i, p.Layer.Size)
+		if errors.Is(err, errNotKept) {
 			return nil, nil
 		}
-		made, err := b.convert(pieces, i, o)
 		if err == nil && made != p.Layer {
 			err = fmt.Errorf("the layer of %s was %v of %d bytes, and is %v of %d now", p.what(), p.Layer.Digest, p.Layer.Size, made.Digest, made.Size)
 		}
@@ -130,6 +129,9 @@ func (b *Bridge) openKept(digest acproxy.Digest) (*cache.Blob, error) {
 	return f, err
 }
 
+// maxKept is for how long a layer is kept, however often it is asked for.
+const maxKept = 24 * time.Hour
+
 // sweepEvery is how often is looked for layers that nobody has asked for for a while.
 const sweepEvery = time.Minute
 
@@ -151,7 +153,8 @@ func (b *Bridge) dropUnused() {
 	var unused []*cache.Spool
 	b.mu.Lock()
 	for digest, s := range b.spools {
-		if b.now().Sub(s.Used()) > b.cfg.Keep {
+		// What the disk loses of it meanwhile would go on being sent.
+		if b.now().Sub(s.Used()) > b.cfg.Keep || b.now().Sub(s.Kept()) > maxKept {
 			unused = append(unused, s)
 			delete(b.spools, digest)
 		}

@@ -256,20 +256,25 @@ func (b *Bridge) versions(name, tag string) ([]string, error) {
 	if !tagPattern.MatchString(tag) {
 		return nil, acproxy.Invalid("%.128q is no tag: one has up to 128 letters, digits, dots, dashes and underscores, and begins with none of the first two", tag)
 	}
-	out := []string{tag}
 	if !strings.Contains(tag, "_") {
-		return out, nil
+		return []string{tag}, nil
 	}
 	held, err := b.held(name)
 	if err != nil {
 		return nil, err
 	}
+	// What is held is rather meant than what may be somewhere, and what is exactly so rather than what only looks so as a tag.
+	var out []string
 	for _, rec := range held {
-		if version := rec.Labels[acproxy.LabelVersion]; tagOf(version) == tag && !slices.Contains(out, version) {
-			// Rather what is here than what may be somewhere.
-			out = append([]string{version}, out...)
+		switch version := rec.Labels[acproxy.LabelVersion]; {
+		case version == tag:
+			return []string{tag}, nil
+		case tagOf(version) == tag && !slices.Contains(out, version):
+			out = append(out, version)
 		}
 	}
+	slices.Sort(out)
+	out = append(out, tag)
 	if plus := strings.ReplaceAll(tag, "_", "+"); !slices.Contains(out, plus) {
 		out = append(out, plus)
 	}

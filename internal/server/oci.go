@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,8 +20,8 @@ import (
 	"github.com/acproxy/acproxy/internal/problem"
 )
 
-// ociPath is where the OCI distribution API is (OCI distribution specification 1.1, "API"). An image that is called HOST/v2/… has its discovery page and its
-// publisher's URLs all the same: none of them looks like a path of that API.
+// ociPath is where the OCI distribution API is (OCI distribution specification 1.1, "API"). An image that is called HOST/v2/… has its discovery page all the same,
+// which has a query of its own, and what ends as an image or a signature does is a publisher's URL.
 const ociPath = "/v2/"
 
 // ociRequest is a path of the OCI distribution API taken apart.
@@ -42,6 +43,8 @@ const (
 func readOCI(r *http.Request) (o ociRequest, ok bool) {
 	rest, ok := strings.CutPrefix(r.URL.EscapedPath(), ociPath)
 	switch {
+	case strings.HasSuffix(rest, "."+extImage), strings.HasSuffix(rest, "."+extSignature):
+		return o, false
 	case !ok:
 		return o, r.URL.EscapedPath() == strings.TrimSuffix(ociPath, "/")
 	case rest == "":
@@ -164,7 +167,10 @@ func (s *Server) serveOCI(w http.ResponseWriter, r *http.Request, c *oci.Content
 	h, settings := w.Header(), s.settings.Load()
 	h["Cache-Status"] = cacheStatus(c.Status)
 	h["Cache-Control"] = settings.maxAge
-	if c.Latest {
+	switch {
+	case c.Partial:
+		h["Cache-Control"] = []string{"no-cache"}
+	case c.Latest:
 		h["Cache-Control"] = settings.maxAgeLatest
 	}
 	if rec, ok := w.(*recorder); ok && rec.private {
@@ -187,6 +193,7 @@ func (s *Server) serveOCI(w http.ResponseWriter, r *http.Request, c *oci.Content
 	span := ociSpan(r, c)
 	if span.status == http.StatusRequestedRangeNotSatisfiable {
 		h.Del("Content-Type")
+		h.Set("Cache-Control", "no-store")
 		h.Set("Content-Range", fmt.Sprintf("bytes */%d", c.Size))
 		h.Set("Content-Length", "0")
 		w.WriteHeader(span.status)
@@ -206,11 +213,11 @@ func (s *Server) serveOCI(w http.ResponseWriter, r *http.Request, c *oci.Content
 	if r.Method == http.MethodHead || span.from == span.to {
 		return nil
 	}
-	return s.sendOCI(w, c, span)
+	return s.sendOCI(r.Context(), w, c, span)
 }
 
 // sendOCI sends a part of a content.
-func (s *Server) sendOCI(w http.ResponseWriter, c *oci.Content, span span) error {
+func (s *Server) sendOCI(ctx context.Context, w http.ResponseWriter, c *oci.Content, span span) error {
 	if file := c.File(); file != nil {
 		_, err := file.Seek(span.from, io.SeekStart)
 		if err == nil {
@@ -223,7 +230,7 @@ func (s *Server) sendOCI(w http.ResponseWriter, c *oci.Content, span span) error
 		return nil
 	}
 	to := &part{w: w, skip: span.from, left: span.to - span.from}
-	_, err := c.WriteTo(to)
+	_, err := c.Send(ctx, to)
 	if errors.Is(err, errPartWritten) {
 		err = nil
 	}

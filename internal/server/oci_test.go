@@ -34,7 +34,7 @@ func TestReadOCI(t *testing.T) {
 			t.Errorf("%s is %+v, %t, want %+v", path, got, ok, want)
 		}
 	}
-	for _, path := range []string{"/", "/v2x", "/v1/", "/v2/example.com/app", "/v2/app.aci", "/v2/app/manifests", "/v2/_catalog", "/v2/app/tags"} {
+	for _, path := range []string{"/", "/v2x", "/v1/", "/v2/example.com/app", "/v2/app.aci", "/v2/app/manifests/x.aci", "/v2/app/blobs/x.aci.asc", "/v2/app/manifests", "/v2/_catalog", "/v2/app/tags"} {
 		if got, ok := readOCI(httptest.NewRequest(http.MethodGet, path, nil)); ok {
 			t.Errorf("%s is %+v, and should be nothing", path, got)
 		}
