@@ -179,8 +179,9 @@ type same struct {
 
 const (
 	sameSlots = 4096
-	// maxSame bounds the bytes of what is shared.
-	maxSame = 512
+	// maxSame bounds the bytes of what is shared, maxSameItems how many labels or dependencies these stand for.
+	maxSame      = 512
+	maxSameItems = 16
 )
 
 type sameSlot[T any] struct {
@@ -203,7 +204,8 @@ func share[T any](d *decoder, slots *[sameSlots]sameSlot[T], skip func(*decoder)
 	after := *d
 	*d = before
 	n := len(before.left) - len(after.left)
-	if after.bad || n <= 1 || n > maxSame {
+	many := *d
+	if after.bad || n <= 1 || n > maxSame || many.uvarint() > maxSameItems {
 		return take(d)
 	}
 	from := d.left[:n]

@@ -465,6 +465,10 @@ func (d *Disk) begin(ix *index) {
 			if err = d.replace(ix, err); err == nil {
 				return
 			}
+			if d.readOnly {
+				// No other can be put into its place: who asks is told so, and doesn't wait.
+				ix.giveUp()
+			}
 		}
 		d.unsettled(ix, noSpace(err))
 		d.log.Error("making the index complete: what is in it is served", "again in", pause, "err", err)
@@ -484,7 +488,12 @@ func (d *Disk) settle(ix *index) error {
 			return err
 		}
 		err := ix.peek(func(tx *bolt.Tx) error {
-			err := fits(tx)
+			// What can't be written is read as it is.
+			least := schema
+			if d.readOnly {
+				least = readableSchema
+			}
+			err := fits(tx, least)
 			if err == nil {
 				ix.complete, err = isState(tx, stateComplete)
 			}
@@ -758,7 +767,8 @@ const stateSchema = "schema"
 // isState reports whether a word was set by setState.
 func isState(tx *bolt.Tx, word string) (bool, error) {
 	b, err := get(tx, bucketState, []byte(word))
-	return string(b) == strconv.Itoa(schema), err
+	n, _ := strconv.Atoi(string(b))
+	return n >= readableSchema && n <= schema, err
 }
 
 func setState(tx *bolt.Tx, word string) error {

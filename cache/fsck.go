@@ -360,7 +360,7 @@ func inconsistent(format string, args ...any) error {
 // nothing more can be said.
 func (c *checker) consistent(ix *index) (old bool, err error) {
 	err = ix.view(func(tx *bolt.Tx) error {
-		err := fits(tx)
+		err := fits(tx, schema)
 		if old = errors.Is(err, errOlder); old {
 			return nil
 		}
@@ -436,7 +436,7 @@ func consistentRows(tx *bolt.Tx) error {
 			if b == nil {
 				return inconsistent("the ref %v answers %v, which is not among %s", r.Ref, r.Digest, bucket)
 			}
-			if bucket == bucketRecords && !bytes.Equal(value, answerRow(r, b)) {
+			if bucket == bucketRecords && !bytes.Equal(value, answerRow(r, b)) && !bytes.Equal(value, answerRow(r, nil)) {
 				return inconsistent("the ref %v has a record of %v beside it that is not the one among %s", r.Ref, r.Digest, bucket)
 			}
 		}

@@ -46,7 +46,9 @@ type index struct {
 	writes chan *write
 	marked bool // the writer's own: the index says that it is open
 	quit   chan struct{}
-	wg     sync.WaitGroup
+	// useless is closed when the index is given up that is not safe to look into.
+	useless chan struct{}
+	wg      sync.WaitGroup
 }
 
 // write is a change that waits for its turn to be written.
@@ -96,7 +98,7 @@ func openIndex(path string, memory *memory, space *space, maxMapped int64) (*ind
 	if err != nil {
 		return nil, err
 	}
-	x := &index{path: path, safe: make(chan struct{}), memory: memory, space: space, writes: make(chan *write), quit: make(chan struct{})}
+	x := &index{path: path, safe: make(chan struct{}), memory: memory, space: space, writes: make(chan *write), quit: make(chan struct{}), useless: make(chan struct{})}
 	if x.snapshots.f, err = os.Open(path); err != nil {
 		return nil, err
 	}
@@ -138,7 +140,7 @@ func readIndex(ctx context.Context, path string) (*index, error) {
 	if _, err := checkHead(path); err != nil {
 		return nil, err
 	}
-	x := &index{path: path, safe: make(chan struct{}), memory: newMemory(), writes: make(chan *write), quit: make(chan struct{})}
+	x := &index{path: path, safe: make(chan struct{}), memory: newMemory(), writes: make(chan *write), quit: make(chan struct{}), useless: make(chan struct{})}
 	err := x.check(ctx)
 	if err == nil {
 		x.snapshots.f, err = os.Open(path)
@@ -315,8 +317,19 @@ func (x *index) enter() error {
 	select {
 	case <-x.safe:
 		return nil
+	case <-x.useless:
+		return broken("it can't be used, and no other one can be made")
 	case <-x.quit:
 		return errClosed
+	}
+}
+
+// giveUp ends the waiting for an index that will not be released. Only the goroutine that would release it calls it.
+func (x *index) giveUp() {
+	select {
+	case <-x.useless:
+	default:
+		close(x.useless)
 	}
 }
 

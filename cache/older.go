@@ -26,8 +26,11 @@ const olderExt = ".older"
 // errOlder is matched by the error about an index of an older schema.
 var errOlder = errors.New("it is of an older version")
 
-// fits returns an error matching errPages if an index is not of this schema, and errOlder if it is of an older one.
-func fits(tx *bolt.Tx) error {
+// readableSchema is the oldest schema whose rows are read as they are. A row of a ref in version 2 is one without a copy of the record.
+const readableSchema = 2
+
+// fits returns an error matching errPages if an index is not of this schema, or an older one down to least, and errOlder if it is of an older one than that.
+func fits(tx *bolt.Tx, least int) error {
 	b, err := get(tx, bucketState, []byte(stateSchema))
 	if err != nil {
 		return err
@@ -37,7 +40,7 @@ func fits(tx *bolt.Tx) error {
 		return broken("its version is %q", b)
 	case n > schema:
 		return broken("it is of version %d, and this acproxy knows those up to %d", n, schema)
-	case n < schema:
+	case n < least:
 		return fmt.Errorf("%w: %w, %d", errPages, errOlder, n)
 	}
 	return nil

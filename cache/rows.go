@@ -220,11 +220,17 @@ func takeResolution(d *decoder) Resolution {
 	return r
 }
 
-// maxCopied bounds the row of a record that has a copy beside each of its refs: two rows have to fit onto a page, or it takes two.
-const maxCopied = 1536
+// Bounds of the copies of a record that are beside its refs. A row without one is as good, and costs a second read.
+const (
+	// maxCopied bounds the row of a record that is copied, in bytes: two rows have to fit onto a page, or it takes two.
+	maxCopied = 1536
+	// maxCopies is beside how many of an image's refs there is a copy: that of all its labels, those without a version, and what nodes ask for. Whoever wants to can
+	// ask for an image by every choice of its labels, and each change of the record writes all copies of it.
+	maxCopies = 4
+)
 
 // answerRow returns the row of a ref: its resolution, and a copy of the row of the record that it answers, so that who asks for a ref reads one page
-// and not two. There is no copy of a record that is longer than maxCopied.
+// and not two. There is no copy of a record that is longer than maxCopied, nor of none.
 func answerRow(r Resolution, record []byte) []byte {
 	b := appendResolution(nil, r)
 	if len(record) > maxCopied {
@@ -345,21 +351,24 @@ func putImage(tx *bolt.Tx, img *image) (displaced []acproxy.Digest, err error) {
 		return nil, err
 	}
 	if sum.Images == 0 {
-		// It was there before. It may answer more refs than img knows of: their copies of the record have to be of this one, too.
-		if err := copyRecord(tx, img); err != nil {
+		// It was there before. It may answer more refs than img knows of.
+		if err := dropCopies(tx, img); err != nil {
 			return nil, err
 		}
 	}
 	return displaced, addTotals(tx, sum)
 }
 
-// copyRecord brings the copies of a record up to date that are beside refs which the image itself doesn't name.
-func copyRecord(tx *bolt.Tx, img *image) error {
+// dropCopies removes the copies of a record that are beside refs which the image itself doesn't name: they are of the record as it was.
+func dropCopies(tx *bolt.Tx, img *image) error {
 	digest := img.Record.Digest
+	named := make(map[string]bool, len(img.Refs))
+	for _, r := range img.Refs {
+		named[r.Ref.String()] = true
+	}
 	var others [][]byte
 	err := scan(tx, bucketHeld, digest[:], nil, func(key, _ []byte) error {
-		ref := key[len(digest):]
-		if !slices.ContainsFunc(img.Refs, func(r Resolution) bool { return r.Ref.String() == string(ref) }) {
+		if ref := key[len(digest):]; !named[string(ref)] {
 			others = append(others, bytes.Clone(ref))
 		}
 		return nil
@@ -371,7 +380,7 @@ func copyRecord(tx *bolt.Tx, img *image) error {
 		var r Resolution
 		var ok bool
 		if r, ok, err = getRow(tx, bucketRefs, key, takeAnswered); ok && r.Digest == digest {
-			err = put(tx, bucketRefs, key, answerRow(r, appendHeld(nil, held{img.Record, img.sidecar})))
+			err = put(tx, bucketRefs, key, answerRow(r, nil))
 		}
 	}
 	return err
@@ -402,7 +411,10 @@ func putRows(tx *bolt.Tx, img *image, sum *totals) (displaced []acproxy.Digest, 
 	if err := putOrder(tx, img.Record); err != nil {
 		return nil, err
 	}
-	for _, r := range img.Refs {
+	for i, r := range img.Refs {
+		if i == maxCopies {
+			record = nil
+		}
 		loser, err := putRef(tx, r, record)
 		if err != nil {
 			return nil, err

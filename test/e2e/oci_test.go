@@ -1245,13 +1245,20 @@ func TestOCIDamagedImage(t *testing.T) {
 	}
 	s.start()
 	a := s.get(s.oci(damaged.name, "blobs", im.manifest.Layers[0].Digest.String()))
-	if e, err := ociErrorOf(a); a.Status != http.StatusInternalServerError || err != nil || e.Code != "UNKNOWN" {
-		t.Errorf("the layer of a damaged image: %s, %v; want 500", described(a), err)
+	if e, err := ociErrorOf(a); a.Status != http.StatusServiceUnavailable || err != nil || e.Code != "UNAVAILABLE" || !strings.Contains(e.Message, "has lost bytes of the image of "+damaged.name) {
+		t.Errorf("the layer of a damaged image: %s, %v; want 503", described(a), err)
 	}
 	for _, field := range []string{"Docker-Content-Digest", "Etag", "Repr-Digest", "Accept-Ranges"} {
 		wantHeader(t, a, field, "")
 	}
 	wantHeader(t, a, "Cache-Control", "no-store")
-	eventually(t, "the log says what is wrong", func() bool { return strings.Contains(s.server().output(), "the layer of "+damaged.name+":1.0.0 was ") })
 	s.pullOCI(sound.name, other.digest, sound)
+	// It is looked at, and fetched again.
+	eventually(t, "the layer can be had again", func() bool {
+		return s.get(s.oci(damaged.name, "blobs", im.manifest.Layers[0].Digest.String())).Status == http.StatusOK
+	})
+	s.pullOCI(damaged.name, im.digest, damaged)
+	if !strings.Contains(s.server().output(), "the scrub has found something") {
+		t.Error("the log doesn't say what was wrong")
+	}
 }
