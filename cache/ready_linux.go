@@ -44,7 +44,8 @@ func (r *readyReader) read(f *os.File, b []byte, at int64) (int, error) {
 	switch {
 	case err == nil && r.errn == 0 && r.n == len(b):
 		return r.n, nil
-	case r.errn == unix.EOPNOTSUPP || r.errn == unix.ENOSYS || r.errn == unix.EINVAL:
+	case r.errn != 0 && r.errn != unix.EAGAIN && r.errn != unix.EINTR:
+		// The file system doesn't know how, or the kernel, or somebody forbids it.
 		r.vain = true
 	}
 	return f.ReadAt(b, at)

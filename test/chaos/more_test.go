@@ -186,7 +186,7 @@ func (r *run) age(t *testing.T) {
 // reading are the calls on files that change none.
 var reading = []string{
 	"access", "bind", "close", "connect", "epoll_ctl", "faccessat2", "fadvise64", "fcntl", "flock", "fstat", "fstatfs", "getdents64", "inotify_add_watch", "lseek",
-	"newfstatat", "pread64", "read", "readlinkat", "statfs", "stat", "lstat", "execve", "dup3", "madvise", "mincore",
+	"newfstatat", "pread64", "preadv2", "read", "readlinkat", "statfs", "stat", "lstat", "execve", "dup3", "madvise", "mincore",
 }
 
 // TestNoCallIsMissed has strace write down all that is done to the files of a server, from its first start to its end: there is no call among it that the
