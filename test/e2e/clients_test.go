@@ -217,7 +217,8 @@ func (s *scene) narrow(scheme string) net.Conn {
 // TestClientsThatDoNotRead asks for images and takes nothing of them. The server lets go of them in its time, and of nobody else.
 func TestClientsThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	s := newScene(t, impatient)
+	// Twice as long as elsewhere: on a busy machine the slow reader below may not have its turn for seconds.
+	s := newScene(t, strings.Replace(impatient, "stall_timeout: 3s", "stall_timeout: 6s", 1))
 	// More than the buffers of a connection hold.
 	held, other := s.publish(large("held", 24<<20)), s.publish(large("arriving", 12<<20))
 	s.hold(held)
@@ -262,7 +263,7 @@ func TestClientsThatDoNotRead(t *testing.T) {
 	steady := make(chan error, 1)
 	// Ends after its reading, which is waited for below.
 	go func() {
-		const piece, pieces = 8 << 10, 160
+		const piece, pieces = 8 << 10, 240
 		every := time.NewTicker(50 * time.Millisecond)
 		defer every.Stop()
 		for range pieces {
