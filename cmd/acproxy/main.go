@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -25,12 +26,41 @@ const (
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
+// interruptible returns a context that the first signal to stop ends. A second one ends the process at once, however soon after the first it comes.
+func interruptible() (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	signals, done := make(chan os.Signal, 2), make(chan struct{})
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	// Ends when stop is called, which waits for nothing: it has nothing left to do then.
+	go func() {
+		for range 2 {
+			select {
+			case s := <-signals:
+				if ctx.Err() == nil {
+					cancel()
+					continue
+				}
+				// As if nobody had asked to be told of it.
+				signal.Reset(os.Interrupt, syscall.SIGTERM)
+				if self, err := os.FindProcess(os.Getpid()); err == nil {
+					_ = self.Signal(s)
+				}
+			case <-done:
+				return
+			}
+		}
+	}()
+	return ctx, sync.OnceFunc(func() {
+		signal.Stop(signals)
+		cancel()
+		close(done)
+	})
+}
+
 // run runs one command and returns its exit code.
 func run(args []string, stdout, stderr io.Writer) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := interruptible()
 	defer stop()
-	// The first signal asks to stop, a second one is not waited for.
-	context.AfterFunc(ctx, stop)
 
 	root := newRoot()
 	root.SetArgs(args)
