@@ -227,6 +227,10 @@ type Store interface {
 	// Touch notes that an image was used now.
 	Touch(digest acproxy.Digest)
 
+	// Changes returns how often what the store says of images, refs and names has changed, or may have. While it is the same, so is the rest: it goes up when a
+	// change can be seen, and before whoever made it is told. Ask for it before asking for anything else.
+	Changes() uint64
+
 	// Learn keeps what discovery has found out about a name, in place of what was known.
 	Learn(found Discovered) error
 	// Known returns what discovery has found out about a name.

@@ -51,6 +51,9 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 	}
 }
 
+// Changes implements [Store].
+func (d *Disk) Changes() uint64 { return d.memory.changes.Load() }
+
 // resolve returns what a ref answers, and reports whether that is known.
 func (d *Disk) resolve(ref acproxy.Ref, k knowledge) (a answer, ok bool, err error) {
 	slot := d.memory.refs.slot(ref)

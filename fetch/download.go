@@ -726,6 +726,7 @@ func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) 
 		// Noted here first: a disk that can't note it must not have it served.
 		rec.State, rec.Code, rec.Reason = cache.Quarantined, acproxy.Code(err), err.Error()
 		f.barred.Store(rec.Digest, rec)
+		f.bars.Add(1)
 		if err := f.cfg.Store.Quarantine(f.ctx, rec.Digest, rec.Code, rec.Reason); err != nil {
 			f.log.Error("quarantining an image: it is not served as long as this process lives", "name", rec.Name, "digest", rec.Digest, "err", err)
 			return

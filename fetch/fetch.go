@@ -100,6 +100,7 @@ type Fetcher struct {
 	// barred are held images that are to be quarantined, by digest, each as a cache.Record that says why: until the store has noted it, and for good if it
 	// can't.
 	barred sync.Map
+	bars   atomic.Uint64 // how often one was added
 	queue  *queue
 	// publishing has publications of the same name wait for one another.
 	publishing turns
@@ -299,6 +300,7 @@ type Signature struct {
 	Modified time.Time      // as the image's
 	Later    bool           // the publisher wants to be asked again once the image was fetched
 	Digest   acproxy.Digest // SHA-256 of Bytes
+	Image    acproxy.Digest // of the held image that it belongs to; zero while that is arriving
 }
 
 // Signature returns the signature of the image that a ref asks for, once a key that is trusted for its name is known to have made it. An
@@ -338,7 +340,7 @@ func (f *Fetcher) Signature(ctx context.Context, req Request) (Signature, error)
 		return Signature{}, fmt.Errorf("reading the signature of %v: %w", req.Ref, err)
 	}
 	f.stick(req, a.record.SignatureDigest)
-	return Signature{Status: a.status, Bytes: sig, Modified: a.resolved.Modified, Digest: a.record.SignatureDigest}, nil
+	return Signature{Status: a.status, Bytes: sig, Modified: a.resolved.Modified, Digest: a.record.SignatureDigest, Image: a.record.Digest}, nil
 }
 
 // SignatureOf returns the signature of a held image, as published.

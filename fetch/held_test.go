@@ -71,6 +71,9 @@ func TestAQuarantineThatCanNotBeNotedHolds(t *testing.T) {
 	s.want(s.app("1.0"), blob, Miss) // it is signed
 	s.await("the quarantine", func(d Decision) bool { return d.Event == EventQuarantined && d.Outcome == aci.RuleOutsideRootfs })
 	s.idle()
+	if s.f.Grounds().barred == 0 {
+		t.Error("what answers rest on is what it was: those from before would be given again")
+	}
 	s.eventually("the inspection is over", func() bool { return s.f.acceptable(s.record(s.app("1.0"))) != nil })
 	if s.record(s.app("1.0")).Quarantined() {
 		t.Fatal("the store has noted it")

@@ -177,6 +177,7 @@ var tests = []struct {
 	{"the last inspection of the same bytes counts", inspectedBefore},
 	{"a quarantined image is kept and comes back", quarantines},
 	{"what discovery found out is kept", learns},
+	{"changes are counted", counted},
 	{"a host's names are found by their templates too", hosts},
 	{"the last refusals are kept", refusals},
 	{"hostile refs are refs", hostile},
@@ -675,6 +676,38 @@ func learns(t *testing.T, store cache.Store) {
 		t.Errorf("KnownUnderHost of a template that is no longer given = %v", known)
 	}
 	wantErr(t, "Learn without a name", store.Learn(cache.Discovered{}), acproxy.ErrInvalid)
+}
+
+func counted(t *testing.T, store cache.Store) {
+	img := NewImage("example.com/app", "1.0", 10)
+	was := store.Changes()
+	for _, change := range []struct {
+		name string
+		make func() error
+	}{
+		{"Commit", func() error { return Commit(t.Context(), store, img) }},
+		{"Point", func() error {
+			return store.Point(t.Context(), cache.Resolution{Ref: MustRef("example.com/app:2.0"), Digest: img.Record.Digest})
+		}},
+		{"Update", func() error {
+			return store.Update(t.Context(), img.Record.Digest, func(rec *cache.Record) error { rec.Source = "https://other.example.com/app.aci"; return nil })
+		}},
+		{"Quarantine", func() error { return store.Quarantine(t.Context(), img.Record.Digest, "code", "reason") }},
+		{"Restore", func() error { return store.Restore(t.Context(), img.Record.Digest) }},
+		{"Learn", func() error { return store.Learn(cache.Discovered{Name: "example.com/app", When: time.Now()}) }},
+	} {
+		must(t, change.make())
+		if now := store.Changes(); now == was {
+			t.Errorf("after %s there were %d changes, as before", change.name, now)
+		} else {
+			was = now
+		}
+	}
+	_, err := store.Record(img.Record.Digest)
+	must(t, err)
+	if now := store.Changes(); now != was {
+		t.Errorf("looking made %d changes of %d", now, was)
+	}
 }
 
 func hosts(t *testing.T, store cache.Store) {

@@ -118,6 +118,9 @@ func (g *Guard) May(who Identity, right Right, name string) bool {
 	return false
 }
 
+// Grounds returns what decisions rest on now, which must not be changed: as long as it is the same pointer, a nameless client has the same rights.
+func (g *Guard) Grounds() *Config { return g.cfg.Load() }
+
 // Open reports whether there are no rules, so that anybody may read everything.
 func (g *Guard) Open() bool { return len(g.cfg.Load().Rules) == 0 }
 

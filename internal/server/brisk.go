@@ -17,13 +17,16 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/memo"
 )
 
 // This file answers small, simple requests on plain connections without net/http: what a node's polling consists of, pages, signatures and "not modified".
 // net/http takes four times as long for such a request as the answer does (docs/decisions/brisk.md).
 //
-//	connection ─▶ read ─▶ simple, and small when last asked? ─▶ the same handlers ─▶ small again? ─▶ one write ─▶ read …
+//	connection ─▶ read ─▶ the same as a moment ago, and nothing has changed? ─▶ the same answer (replay.go) ─▶ one write ─▶ read …
+//	                            │ no
+//	                      simple, and small when last asked? ─▶ the same handlers ─▶ small again? ─▶ one write ─▶ read …
 //	                            │ no                                                    │ no
 //	                            └──────▶ net/http, which reads it all again ◀───────────┘ and keeps the connection
 //
@@ -80,6 +83,7 @@ type Door struct {
 	http    *http.Server
 	handler http.Handler
 	handed  *handedListener
+	replays *replays
 
 	ctx      context.Context
 	cancel   context.CancelFunc
@@ -94,7 +98,7 @@ type Door struct {
 func (s *Server) Door(hs *http.Server) *Door {
 	d := &Door{
 		server: s, http: hs, handler: hs.Handler, conns: make(map[*briskConn]struct{}),
-		handed: &handedListener{conns: make(chan net.Conn), closed: make(chan struct{})},
+		handed: &handedListener{conns: make(chan net.Conn), closed: make(chan struct{})}, replays: newReplays(),
 	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	return d
@@ -227,6 +231,7 @@ type briskConn struct {
 	*net.TCPConn
 	door    *Door
 	request *http.Request // what all its requests have in common
+	client  string        // as it is logged
 	busy    atomic.Int32
 	before  []byte       // what was read of it already, for whoever it is handed to
 	counted *limitedConn // nil if it doesn't count
@@ -238,7 +243,7 @@ func newBriskConn(d *Door, tcp *net.TCPConn, counted *limitedConn) *briskConn {
 	if tcp != nil {
 		r.RemoteAddr = tcp.RemoteAddr().String()
 	}
-	return &briskConn{TCPConn: tcp, counted: counted, door: d, request: r.WithContext(d.ctx)}
+	return &briskConn{TCPConn: tcp, counted: counted, door: d, request: r.WithContext(d.ctx), client: client(r)}
 }
 
 // Close closes the connection.
@@ -285,6 +290,10 @@ type exchange struct {
 	w         briskWriter
 }
 
+func newExchange() *exchange {
+	return &exchange{head: make([]byte, briskRequest), out: make([]byte, 0, 1<<10), w: briskWriter{header: make(http.Header, 12)}}
+}
+
 // rushFor is for how long a connection whose last request was simple waits for the next one in a rush, see rush.
 const rushFor = time.Second
 
@@ -292,7 +301,7 @@ const rushFor = time.Second
 func (c *briskConn) serve() {
 	d := c.door
 	defer d.leave(c)
-	x := &exchange{head: make([]byte, briskRequest), out: make([]byte, 0, 1<<10), w: briskWriter{header: make(http.Header, 12)}}
+	x := newExchange()
 	patience, idle := d.server.cfg.Patience.Header, d.server.cfg.Patience.Idle
 	rush := min(rushFor, idle/2)
 	for {
@@ -327,11 +336,16 @@ func (c *briskConn) answer(x *exchange, n int, write func([]byte) (int, error)) 
 	if n == 0 || !c.busy.CompareAndSwap(briskIdle, briskBusy) {
 		return nextNothing
 	}
-	r := c.simple(x.head[:n])
-	if r == nil || !x.w.answer(d.handler, r) {
-		return nextOwner
+	head := x.head[:n]
+	slot := d.replays.slot(head)
+	if !c.again(x, slot, head) {
+		r := c.simple(head)
+		if r == nil || !x.w.answer(d.handler, r) {
+			return nextOwner
+		}
+		x.out = x.w.appendTo(x.out[:0])
+		c.keep(x, slot, head)
 	}
-	x.out = x.w.appendTo(x.out[:0])
 	if _, err := write(x.out); err != nil || x.w.last() || d.closing.Load() || !c.busy.CompareAndSwap(briskBusy, briskIdle) {
 		return nextNothing
 	}
@@ -424,7 +438,15 @@ type briskWriter struct {
 	content []byte
 	given   bool // up
 
-	second int64 // of dated, since 1970
+	// What is said of the answer by those who have made it: when they began, on which grounds, and whether it may be given again on these. See replay.go.
+	began   time.Time
+	grounds grounds
+	steady  bool
+	image   acproxy.Digest
+	access  Access
+
+	own    struct{ from, to int } // where, in what was appended last, the fields are that no two answers have in common
+	second int64                  // of dated, since 1970
 	dated  []byte
 }
 
@@ -471,7 +493,7 @@ func (w *briskWriter) giveUp() {
 // answer has a handler answer a request. It reports false if the answer isn't small, or the handler gave up: then nothing was sent.
 func (w *briskWriter) answer(handler http.Handler, r *http.Request) (ok bool) {
 	clear(w.header)
-	w.status, w.content, w.given = 0, w.content[:0], false
+	w.status, w.content, w.given, w.steady = 0, w.content[:0], false, false
 	defer func() {
 		// Whatever it is, net/http asks again, and does with a panic what it always does.
 		if recover() != nil {
@@ -496,8 +518,11 @@ func (w *briskWriter) appendTo(b []byte) []byte {
 	default:
 		b = fmt.Appendf(b, "HTTP/1.1 %03d %s\r\n", w.status, http.StatusText(w.status))
 	}
-	b = append(b, "Date: "...)
-	b = append(w.date(b), "\r\n"...)
+	id := w.header[requestIDField]
+	delete(w.header, requestIDField)
+	w.own.from = len(b)
+	b = w.appendOwn(b, id...)
+	w.own.to = len(b)
 	content := w.status != http.StatusNotModified && w.status != http.StatusNoContent
 	if content {
 		w.header["Content-Length"] = []string{strconv.Itoa(len(w.content))}
@@ -526,10 +551,14 @@ func (w *briskWriter) appendTo(b []byte) []byte {
 	return b
 }
 
-// date appends the time, which is to the second and made once for each.
-func (w *briskWriter) date(b []byte) []byte {
+// appendOwn appends the fields that no two answers have in common: the time, which is to the second and made once for each, and the ID of the request.
+func (w *briskWriter) appendOwn(b []byte, id ...string) []byte {
 	if now := time.Now(); now.Unix() != w.second {
 		w.second, w.dated = now.Unix(), now.UTC().AppendFormat(w.dated[:0], http.TimeFormat)
 	}
-	return append(b, w.dated...)
+	b = append(append(append(b, "Date: "...), w.dated...), "\r\n"...)
+	for _, id := range id {
+		b = append(append(append(b, requestIDField+": "...), id...), "\r\n"...)
+	}
+	return b
 }

@@ -45,6 +45,9 @@ func (s *Server) discovery(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	w.Header()["Cache-Status"] = cacheStatus(found.Status)
+	if found.Status == fetch.Hit {
+		noteSteady(w, acproxy.Digest{})
+	}
 	p.served.serve(w, r, time.Time{})
 	return nil
 }

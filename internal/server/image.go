@@ -138,6 +138,9 @@ func (s *Server) serveKnown(w http.ResponseWriter, r *http.Request, known asked)
 		if err != nil {
 			return err
 		}
+		if sig.Status == fetch.Hit && ref.Version() != "" && !sig.Image.IsZero() {
+			noteSteady(w, sig.Image)
+		}
 		return s.serveSignature(w, r, ref, sig)
 	}
 	req.Has = has(r)
@@ -146,6 +149,9 @@ func (s *Server) serveKnown(w http.ResponseWriter, r *http.Request, known asked)
 		return err
 	}
 	defer im.Close()
+	if im.Status == fetch.Hit && ref.Version() != "" && !im.Arriving() && im.File() == nil {
+		noteSteady(w, im.Record.Digest)
+	}
 	s.cacheHeader(w, im.Status, ref)
 	return s.serveImage(w, r, im)
 }

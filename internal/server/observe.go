@@ -65,8 +65,12 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 		if r.TLS != nil && r.ProtoMajor == 1 {
 			rec.buffers = &s.buffers
 		}
-		rec.Header()["X-Request-Id"] = []string{rec.id}
+		rec.Header()[requestIDField] = []string{rec.id}
 		brisk, _ := w.(*briskWriter)
+		if brisk != nil {
+			// The grounds of an answer are those from before it is made.
+			brisk.began, brisk.grounds = s.now(), s.grounds()
+		}
 		if s.cfg.Traces != nil || r.Header[tracing.Header] != nil {
 			var span *tracing.Span
 			r, span = s.traced(r, rec)
@@ -81,7 +85,11 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 			rec.now = s.now
 			defer func() {
 				if brisk == nil || !brisk.given {
-					s.access(r, rec, started)
+					a := s.said(r, rec, started)
+					s.cfg.Access(a)
+					if brisk != nil {
+						brisk.access = a
+					}
 				}
 			}()
 		}
@@ -101,8 +109,11 @@ func (s *Server) observe(front Front, next http.Handler) http.Handler {
 			return
 		}
 		next.ServeHTTP(rec, r)
-		if brisk == nil {
+		switch {
+		case brisk == nil:
 			s.remember(r, rec)
+		case rec.steady && !rec.identified && (rec.status == http.StatusOK || rec.status == http.StatusNotModified) && rec.trace == "" && r.Header[requestIDField] == nil:
+			brisk.steady, brisk.image = true, rec.image
 		}
 	})
 }
@@ -141,8 +152,11 @@ func end(span *tracing.Span, r *http.Request, rec *recorder) {
 	span.End(nil)
 }
 
+// requestIDField is the field with the ID of a request, the client's or ours.
+const requestIDField = "X-Request-Id"
+
 func requestID(r *http.Request) string {
-	id := r.Header.Get("X-Request-Id")
+	id := r.Header.Get(requestIDField)
 	if len(id) == 0 || len(id) > 64 || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return rand.Text()
 	}
@@ -165,17 +179,18 @@ type Access struct {
 	Err                                   error  // how it failed, nil if it didn't
 }
 
-func (s *Server) access(r *http.Request, rec *recorder, started time.Time) {
+// said returns what there is to say of a request.
+func (s *Server) said(r *http.Request, rec *recorder, started time.Time) Access {
 	took, first := s.now().Sub(started), time.Duration(0)
 	if !rec.headed.IsZero() {
 		first = rec.headed.Sub(started)
 	}
 	cache := rec.Header().Get("Cache-Status")
-	s.cfg.Access(Access{
+	return Access{
 		Kind: rec.kind, FirstByte: first, Verdict: verdicts[cache],
 		ID: rec.id, Trace: rec.trace, Client: client(r), Method: r.Method, Host: r.Host, Path: requestURI(r), Proto: r.Proto, User: rec.who.Name, Status: rec.status, Bytes: rec.bytes, Took: took,
 		Cache: cache, Ref: rec.ref, Err: rec.err,
-	})
+	}
 }
 
 // requestURI returns the path and the query that were asked for, as they came.
@@ -206,6 +221,9 @@ type recorder struct {
 	wrong      error // with what the client has shown
 	identified bool  // who and wrong are set
 	private    bool  // what is answered is not for everybody
+
+	steady bool           // what is answered stays the answer, see noteSteady
+	image  acproxy.Digest // that was used, if it is
 
 	buffers *sync.Pool // of *[encryptAtOnce]byte, nil where nothing is encrypted by us
 }
