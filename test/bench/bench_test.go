@@ -8,10 +8,12 @@ import (
 	"errors"
 	"io"
 	"math"
+	"net"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -424,5 +426,59 @@ func TestAnswersAreChecked(t *testing.T) {
 		if got := bad.run(); got.Error == "" {
 			t.Errorf("%s: run = %+v", name, got)
 		}
+	}
+}
+
+// TestArrivals: what lies in the socket has come before it is read.
+func TestArrivals(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	plain, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := stamped(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	peer, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	b := make([]byte, 10)
+	const pause = 50 * time.Millisecond
+	// The system begins with its notes some moments after it was told to.
+	for end := time.Now().Add(10 * time.Second); ; {
+		sent := time.Now()
+		if _, err := peer.Write([]byte("byte")); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(pause)
+		n, err := conn.Read(b)
+		if err != nil || string(b[:n]) != "byte" {
+			t.Fatalf("Read = %q, %v", b[:n], err)
+		}
+		read, at := time.Now(), arrived(conn)
+		if at.IsZero() && time.Now().Before(end) {
+			if runtime.GOOS != "linux" {
+				break
+			}
+			continue
+		}
+		if read.Sub(at) < pause || at.Before(sent.Add(-time.Second)) {
+			t.Errorf("sent at %v, it came at %v, and was read at %v, a pause of %v later", sent, at, read, pause)
+		}
+		break
+	}
+	if err := peer.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(b); err != io.EOF {
+		t.Errorf("at the end: %v", err)
 	}
 }

@@ -38,6 +38,8 @@ type load struct {
 	Connections int     //
 	Seconds     float64 // ask again and again for so long; 0 means once
 	Want        answer
+	// Before is what each of them asks for on its connection before, all at once, of which nothing is measured: URL, Header and Want count. nil for nothing.
+	Before *load
 }
 
 // An answer is what clients have to get; anything else is an error.
@@ -56,8 +58,9 @@ type loaded struct {
 	CPU      float64 // seconds that the clients used
 	P99      float64 // seconds, of answers to those who asked again and again; 0 if it isn't known
 
-	// Of each client that asked once, seconds from when all of them asked.
-	FirstByte, LastByte []float64
+	// Of each client that asked once, seconds from when all of them asked: until the first byte of the body had come to it, until it had its turn to read that, and
+	// until it had read the last one.
+	FirstByte, FirstRead, LastByte []float64
 
 	Error string // the first thing that went wrong, "" if nothing did
 }
@@ -161,17 +164,23 @@ func (l load) run() loaded {
 		clients[i] = c
 	}
 	if l.Seconds == 0 {
-		// The system shares its processors among clients, as it does among processes: in one queue, the first ones that have something to read would keep the others
-		// from seeing their first byte.
+		// The system shares its processors among clients, as it does among processes: in one queue of Go's, the first ones that have something to read would keep the
+		// others waiting.
 		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(runtime.NumCPU(), len(clients))))
 	}
-	before := cpuOfThisProcess()
-	started := time.Now()
-	var asking sync.WaitGroup
-	for _, c := range clients {
-		asking.Go(func() { c.ask(l, started) })
+	if l.Before != nil {
+		askAtOnce(clients, *l.Before)
+		for _, c := range clients {
+			c.bytes, c.took = 0, nil
+		}
 	}
-	asking.Wait()
+	before := cpuOfThisProcess()
+	var started time.Time
+	if l.Seconds > 0 {
+		started = askAgain(clients, l)
+	} else {
+		started = askAtOnce(clients, l)
+	}
 	out := loaded{Seconds: time.Since(started).Seconds(), CPU: cpuOfThisProcess() - before}
 	var took []float64
 	for _, c := range clients {
@@ -182,13 +191,55 @@ func (l load) run() loaded {
 		out.Bytes += c.bytes
 		took = append(took, c.took...)
 		if l.Seconds == 0 && c.err == nil {
-			out.FirstByte, out.LastByte = append(out.FirstByte, c.first), append(out.LastByte, c.took[0])
+			out.FirstByte, out.FirstRead = append(out.FirstByte, c.came.Sub(started.Round(0)).Seconds()), append(out.FirstRead, c.seen.Sub(started).Seconds())
+			out.LastByte = append(out.LastByte, c.took[0])
 		}
 	}
 	if slices.Sort(took); l.Seconds > 0 && len(took) > 0 {
 		out.P99 = took[len(took)*99/100]
 	}
 	return out
+}
+
+// settling is for how long clients that are going to read wait until they ask, so that each of them has got as far as waiting for what comes, and the system has
+// begun to note when it does.
+const settling = 50 * time.Millisecond
+
+// askAtOnce has clients ask once, and returns when they began. All have asked before the first one has its turn to read.
+func askAtOnce(clients []*client, l load) (started time.Time) {
+	request := l.request()
+	var reading sync.WaitGroup
+	for _, c := range clients {
+		if c.err == nil {
+			reading.Go(func() { c.err = c.read(l.Want) })
+		}
+	}
+	time.Sleep(settling)
+	started = time.Now()
+	for _, c := range clients {
+		if _, err := c.conn.Write(request); err != nil {
+			_ = c.conn.Close() // whoever reads from it finds out
+		}
+	}
+	reading.Wait()
+	for _, c := range clients {
+		if c.err == nil {
+			c.took = append(c.took, c.done.Sub(started).Seconds())
+		}
+	}
+	return started
+}
+
+// askAgain has clients ask again and again until the time is over, and returns when they began.
+func askAgain(clients []*client, l load) (started time.Time) {
+	request := l.request()
+	started = time.Now()
+	var asking sync.WaitGroup
+	for _, c := range clients {
+		asking.Go(func() { c.askUntil(l.Want, request, started.Add(time.Duration(l.Seconds*float64(time.Second)))) })
+	}
+	asking.Wait()
+	return started
 }
 
 func cpuOfThisProcess() float64 {
@@ -201,15 +252,16 @@ func cpuOfThisProcess() float64 {
 
 // A client asks on one connection.
 type client struct {
-	conn    net.Conn
-	reader  *bufio.Reader
-	request []byte
-	buffer  []byte
+	conn   net.Conn
+	reader *bufio.Reader
+	buffer []byte
 
 	bytes int64
 	took  []float64 // seconds to the last byte, of each whole answer
-	first float64   // seconds to the first byte of the last body
 	err   error
+
+	// Of the last answer: when the first byte of its body had come, by the wall clock, when it was read, and when the last one was.
+	came, seen, done time.Time
 }
 
 // readSize is how much a client reads at once.
@@ -223,6 +275,11 @@ func (l load) dial() (*client, error) {
 	c := &client{buffer: make([]byte, readSize)}
 	if c.conn, err = net.Dial("tcp", u.Host); err != nil {
 		return nil, err
+	}
+	if l.Seconds == 0 && u.Scheme != "https" {
+		if c.conn, err = stamped(c.conn); err != nil {
+			return nil, err
+		}
 	}
 	if u.Scheme == "https" {
 		pool := x509.NewCertPool()
@@ -239,7 +296,17 @@ func (l load) dial() (*client, error) {
 		}
 		c.conn = secure
 	}
+	c.reader = bufio.NewReader(c.conn)
+	return c, nil
+}
+
+// request returns the request of a load, as it is sent.
+func (l load) request() []byte {
 	var b bytes.Buffer
+	u, err := url.Parse(l.URL)
+	if err != nil {
+		u = new(url.URL) // nobody could be dialled there
+	}
 	host := u.Host
 	if h := l.Header["Host"]; h != "" {
 		host = h
@@ -251,19 +318,19 @@ func (l load) dial() (*client, error) {
 		}
 	}
 	b.WriteString("\r\n")
-	c.request, c.reader = b.Bytes(), bufio.NewReader(c.conn)
-	return c, nil
+	return b.Bytes()
 }
 
-// ask asks once, or again and again until the time is over. Times count from when all clients started.
-func (c *client) ask(l load, started time.Time) {
-	if l.Seconds > 0 {
-		c.err = c.conn.SetDeadline(started.Add(time.Duration(l.Seconds * float64(time.Second))))
-	}
-	for asked := started; c.err == nil; asked = time.Now() {
-		c.err = c.once(l.Want, asked)
-		if l.Seconds == 0 {
-			return
+// askUntil asks again and again until the time is over.
+func (c *client) askUntil(want answer, request []byte, end time.Time) {
+	c.err = c.conn.SetDeadline(end)
+	for c.err == nil {
+		asked := time.Now()
+		if _, c.err = c.conn.Write(request); c.err != nil {
+			break
+		}
+		if c.err = c.read(want); c.err == nil {
+			c.took = append(c.took, c.done.Sub(asked).Seconds())
 		}
 	}
 	if errors.Is(c.err, os.ErrDeadlineExceeded) {
@@ -271,11 +338,8 @@ func (c *client) ask(l load, started time.Time) {
 	}
 }
 
-// once asks once and reads the answer.
-func (c *client) once(want answer, asked time.Time) error {
-	if _, err := c.conn.Write(c.request); err != nil {
-		return err
-	}
+// read reads the answer to what was asked.
+func (c *client) read(want answer) error {
 	resp, err := http.ReadResponse(c.reader, nil)
 	if err != nil {
 		return err
@@ -288,9 +352,16 @@ func (c *client) once(want answer, asked time.Time) error {
 	var size int64
 	sums := want.sums()
 	for {
-		n, err := resp.Body.Read(c.buffer)
+		buffer := c.buffer
+		if size == 0 {
+			buffer = buffer[:1] // so that what is read with it came with it
+		}
+		n, err := resp.Body.Read(buffer)
 		if n > 0 && size == 0 {
-			c.first = time.Since(asked).Seconds()
+			c.seen = time.Now()
+			if c.came = arrived(c.conn); c.came.IsZero() {
+				c.came = c.seen.Round(0)
+			}
 		}
 		size += int64(n)
 		c.bytes += int64(n)
@@ -304,7 +375,7 @@ func (c *client) once(want answer, asked time.Time) error {
 			return fmt.Errorf("after %d bytes of %d: %w", size, want.Size, err)
 		}
 	}
-	c.took = append(c.took, time.Since(asked).Seconds())
+	c.done = time.Now()
 	if size != want.Size && want.Size >= 0 {
 		return fmt.Errorf("%d bytes came, not %d", size, want.Size)
 	}

@@ -35,7 +35,7 @@ func coldBenchmarks(o options) []benchmark {
 	for _, n := range o.herds {
 		all = append(all, benchmark{
 			name: fmt.Sprintf("herd/%d", n), what: fmt.Sprintf("%d clients at once ask for an image of %s that isn't held", n, inBytes(o.herd)), groups: []string{groupPeers},
-			metrics: []metric{lastByte, firstByte, fetches, memory, cpuSeconds, clientSeconds},
+			metrics: []metric{lastByte, firstByte, firstRead, fetches, memory, cpuSeconds, clientSeconds},
 			goals: []goal{
 				{of: acproxyName, metric: fetches.name, plus: 1},
 				{of: acproxyName, metric: lastByte.name, than: nginxCache, by: 1},
@@ -129,6 +129,8 @@ func cold(ctx context.Context, o options, a arriving, im *image, p peer, program
 	}
 	l := t.ask(im, whole)
 	l.Connections = a.clients
+	before := t.ask(other, whole)
+	l.Before = &before
 	// Every byte that comes is checked, by a sum that costs the clients next to nothing.
 	l.Want.CRC = im.crc
 	got, m, err := o.cost(ctx, t, func(ctx context.Context) (loaded, error) { return ask(ctx, l) })
@@ -140,7 +142,8 @@ func cold(ctx context.Context, o options, a arriving, im *image, p peer, program
 		return nil, err
 	}
 	slices.Sort(got.FirstByte)
-	m[firstByte.name] = got.FirstByte[len(got.FirstByte)/2] * 1e3
+	slices.Sort(got.FirstRead)
+	m[firstByte.name], m[firstRead.name] = got.FirstByte[len(got.FirstByte)/2]*1e3, got.FirstRead[len(got.FirstRead)/2]*1e3
 	m[lastByte.name], m[fetches.name] = slices.Max(got.LastByte), float64(count)
 	if a.again && p.start != nil {
 		l.Want.CRC, l.Want.SHA256 = "", im.sha256

@@ -27,7 +27,8 @@ var (
 	perGB      = metric{"CPU of the server", "s/GB", false}
 	clientGB   = metric{"of the clients", "s/GB", false}
 
-	firstByte     = metric{"first byte", "ms", false} // the median of the clients
+	firstByte     = metric{"first byte", "ms", false} // of the body, until it has come to the client's socket; the median of the clients
+	firstRead     = metric{"read", "ms", false}       // until the client has had its turn to read it, which is the same but for what the clients' own machine makes of it
 	lastByte      = metric{"last byte", "s", false}   // of the last client
 	fetches       = metric{"fetched", "times", false}
 	memory        = metric{"memory", "MB", false} // the most, of what stands for no file
