@@ -42,7 +42,8 @@ func (s *scene) browse(token string) *browser {
 	s.t.Helper()
 	testtools.Need(s.t, "chromium")
 	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath("chromium"), chromedp.NoSandbox, chromedp.WindowSize(1280, 900), chromedp.Flag("force-color-profile", "srgb"))
-	allocator, cancel := chromedp.NewExecAllocator(s.context(), options...)
+	// It lives as long as the test; each thing that it does has its own time.
+	allocator, cancel := chromedp.NewExecAllocator(context.Background(), options...)
 	s.t.Cleanup(cancel)
 	b := &browser{s: s}
 	ctx, closeBrowser := chromedp.NewContext(allocator)
