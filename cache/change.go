@@ -263,6 +263,8 @@ func (d *Disk) Delete(_ context.Context, digest acproxy.Digest) error {
 		// Files that the index doesn't know of, or not yet, go too.
 		err = d.removeFiles(digest)
 	}
+	// While the index is made, what files say counts as well.
+	d.memory.changes.Add(1)
 	return err
 }
 

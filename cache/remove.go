@@ -185,7 +185,10 @@ func (d *Disk) removeImages(choose func(tx *bolt.Tx, drop func(h held, used time
 			d.leases.stays(v.digest)
 		}
 	}
-	return evicted, d.removeFilesOf(dropped)
+	err = d.removeFilesOf(dropped)
+	// While the index is made, what files say counts as well.
+	d.memory.changes.Add(1)
+	return evicted, err
 }
 
 // removeBlobsFirst removes the bytes of the images that choose drops, and leaves the rest.

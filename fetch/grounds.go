@@ -4,22 +4,20 @@ import (
 	"time"
 
 	"github.com/acproxy/acproxy"
-	"github.com/acproxy/acproxy/trust"
 )
 
-// Grounds are what an answer from what is held rests on, apart from the time. They are compared with ==.
+// Grounds are what an answer from what is held rests on, apart from the time. They are compared with ==, and hold on to nothing.
 type Grounds struct {
-	held     uint64 // what is
-	keyring  *trust.Keyring
-	settings *settings
-	rules    time.Time // of discovery
-	barred   uint64
+	on     basis
+	stored uint64    // how often what the store says has changed
+	rules  time.Time // since when the rules of discovery count
+	barred uint64    // how often an image was barred
 }
 
 // Grounds returns what an answer will rest on that is asked for now. While it stays the same, [Hit] stays the answer to the same [Request] for a ref with a
 // version, or to the same name, but for what goes by the clock: keys that expire and pages that have to be learned anew.
 func (f *Fetcher) Grounds() Grounds {
-	return Grounds{f.cfg.Store.Changes(), f.cfg.Keyring(), f.settings.Load(), f.cfg.Discovery.Since(), f.bars.Load()}
+	return Grounds{f.basis(), f.cfg.Store.Changes(), f.cfg.Discovery.Since(), f.bars.Load()}
 }
 
 // Used notes that a held image was used, by somebody who was given an answer that had been made before.

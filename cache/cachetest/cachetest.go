@@ -708,6 +708,14 @@ func counted(t *testing.T, store cache.Store) {
 	if now := store.Changes(); now != was {
 		t.Errorf("looking made %d changes of %d", now, was)
 	}
+	if disk, ok := store.(interface {
+		Delete(ctx context.Context, digest acproxy.Digest) error
+	}); ok {
+		must(t, disk.Delete(t.Context(), img.Record.Digest))
+		if store.Changes() == was {
+			t.Errorf("after Delete there were %d changes, as before", was)
+		}
+	}
 }
 
 func hosts(t *testing.T, store cache.Store) {

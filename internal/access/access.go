@@ -79,7 +79,8 @@ type Config struct {
 
 // A Guard decides who clients are, and what they may have. It is safe for concurrent use.
 type Guard struct {
-	cfg atomic.Pointer[Config] // with the rule of the longest prefix first
+	cfg     atomic.Pointer[Config] // with the rule of the longest prefix first
+	changes atomic.Uint64          // how often another one took its place
 
 	// What bcrypt was asked already: it takes a tenth of a second.
 	passwords *memo.Memo[[sha256.Size]byte, time.Time]
@@ -101,6 +102,7 @@ func (g *Guard) Change(cfg Config) {
 	cfg.Rules = slices.Clone(cfg.Rules)
 	slices.SortStableFunc(cfg.Rules, func(a, b Rule) int { return len(b.Prefix) - len(a.Prefix) })
 	g.cfg.Store(&cfg)
+	g.changes.Add(1)
 }
 
 // May reports whether a client has a right to the images of a name. The name "" asks for what is about the server as a whole, which only rules for every image
@@ -118,8 +120,9 @@ func (g *Guard) May(who Identity, right Right, name string) bool {
 	return false
 }
 
-// Grounds returns what decisions rest on now, which must not be changed: as long as it is the same pointer, a nameless client has the same rights.
-func (g *Guard) Grounds() *Config { return g.cfg.Load() }
+// Changes returns how often the Guard was told to decide by something else. While it is the same, a nameless client has the same rights. Ask for it before asking
+// for anything else.
+func (g *Guard) Changes() uint64 { return g.changes.Load() }
 
 // Open reports whether there are no rules, so that anybody may read everything.
 func (g *Guard) Open() bool { return len(g.cfg.Load().Rules) == 0 }

@@ -51,10 +51,10 @@ func kindOf(ext string) string {
 	return KindImage
 }
 
-// noteRef records what a request asked for.
+// noteRef records what a request asked for, of which nothing is known yet.
 func noteRef(w http.ResponseWriter, kind, ref string) {
 	if rec, ok := w.(*recorder); ok {
-		rec.kind, rec.ref = kind, ref
+		rec.kind, rec.ref, rec.steady = kind, ref, false
 	}
 }
 

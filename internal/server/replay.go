@@ -10,7 +10,6 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/fetch"
-	"github.com/acproxy/acproxy/internal/access"
 )
 
 // This file gives the same simple request the same answer again, for a moment: a cluster's nodes ask for the same few things, with the same bytes. What is left of
@@ -27,14 +26,14 @@ const (
 // grounds are what an answer to a nameless client rests on. They are compared with ==.
 type grounds struct {
 	fetch    fetch.Grounds
-	settings *settings
-	access   *access.Config // nil if everybody may have everything
+	settings uint64 // how often they have changed
+	access   uint64 // the same of who may have what
 }
 
 func (s *Server) grounds() grounds {
-	g := grounds{fetch: s.cfg.Fetcher.Grounds(), settings: s.settings.Load()}
+	g := grounds{fetch: s.cfg.Fetcher.Grounds(), settings: s.changes.Load()}
 	if s.cfg.Guard != nil {
-		g.access = s.cfg.Guard.Grounds()
+		g.access = s.cfg.Guard.Changes()
 	}
 	return g
 }
@@ -121,7 +120,7 @@ func (c *briskConn) again(x *exchange, slot uint64, head []byte) bool {
 // keep keeps the answer that x has just made for a request, if it may be given again and is worth it.
 func (c *briskConn) keep(x *exchange, slot uint64, head []byte) {
 	w := &x.w
-	if !w.steady || len(head)+len(x.out) > maxReplay || !c.door.replays.wants(slot) {
+	if !w.steady || w.last() || len(head)+len(x.out) > maxReplay || !c.door.replays.wants(slot) {
 		return
 	}
 	c.door.replays.put(&replay{

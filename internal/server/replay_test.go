@@ -2,11 +2,14 @@ package server
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,9 +37,9 @@ type replayScene struct {
 
 func newReplayScene(t *testing.T, change func(*Config)) *replayScene {
 	t.Helper()
-	s := &replayScene{t: t}
+	s, began := &replayScene{t: t}, time.Now()
 	s.heldScene = newHeldScene(t, func(c *Config) {
-		c.Now = func() time.Time { return time.Now().Add(time.Duration(s.ahead.Load())) }
+		c.Now = func() time.Time { return began.Add(time.Duration(s.ahead.Load())) }
 		c.Access = func(a Access) {
 			s.mu.Lock()
 			defer s.mu.Unlock()
@@ -46,20 +49,26 @@ func newReplayScene(t *testing.T, change func(*Config)) *replayScene {
 			change(c)
 		}
 	})
-	s.door = s.server.Door(s.server.HTTP(Front{}))
+	s.door, s.address = s.listen(Front{})
+	return s
+}
+
+// listen opens another door.
+func (s *replayScene) listen(front Front) (door *Door, address string) {
+	s.t.Helper()
+	door = s.server.Door(s.server.HTTP(front))
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	s.address = l.Addr().String()
 	ended := make(chan error, 1)
-	go func() { ended <- s.door.Serve(l) }()
-	t.Cleanup(func() {
-		_ = s.door.Close()
+	go func() { ended <- door.Serve(l) }()
+	s.t.Cleanup(func() {
+		_ = door.Close()
 		<-ended
-		s.door.serving.Wait()
+		door.serving.Wait()
 	})
-	return s
+	return door, l.Addr().String()
 }
 
 const (
@@ -216,49 +225,66 @@ func TestReplaysEnd(t *testing.T) {
 		name   string
 		change func(s *replayScene) error
 		status map[string]int // by the request; 0 is what it was
+		before func(s *replayScene)
 	}{
-		{"nothing", nil, nil},
+		{name: "nothing"},
 		{"a key is removed", func(s *replayScene) error {
 			if err := trust.Remove(s.dirs, "example.com", trust.Fingerprint(s.key.Fingerprint())); err != nil {
 				return err
 			}
 			s.keys.Reload()
 			return nil
-		}, map[string]int{"signature": refused, "not modified": refused, "page": 0}},
+		}, map[string]int{"signature": refused, "not modified": refused, "page": 0}, nil},
 		{"the image is quarantined", func(s *replayScene) error {
 			return s.store.Quarantine(s.t.Context(), s.digest, "by-hand", "it was said so")
-		}, map[string]int{"signature": refused, "not modified": refused, "page": 0}},
-		{"the image is removed and nobody may be asked", func(s *replayScene) error {
-			s.fetcher.Change(fetch.Settings{Policies: heldPolicies, Offline: true})
+		}, map[string]int{"signature": refused, "not modified": refused, "page": 0}, nil},
+		{"the image is removed", func(s *replayScene) error {
 			return s.store.Delete(s.t.Context(), s.digest)
-		}, map[string]int{"signature": http.StatusNotFound, "not modified": http.StatusNotFound, "page": 0}},
+		}, map[string]int{"signature": http.StatusNotFound, "not modified": http.StatusNotFound, "page": 0}, func(s *replayScene) {
+			s.fetcher.Change(fetch.Settings{Policies: heldPolicies, Offline: true})
+		}},
+		{"its bytes are lost", func(s *replayScene) error {
+			// The server may have it open, and finds out when it opens it again.
+			if err := os.Remove(filepath.Join(s.dir, "blobs", s.digest.Hex()[:2], s.digest.Hex())); err != nil {
+				return err
+			}
+			if resp, _ := s.ask(get(imageTarget, "example.com", "")); resp.StatusCode != http.StatusNotFound {
+				return fmt.Errorf("the image is answered with %s", resp.Status)
+			}
+			return nil
+		}, map[string]int{"signature": http.StatusNotFound, "not modified": http.StatusNotFound, "page": 0}, func(s *replayScene) {
+			s.fetcher.Change(fetch.Settings{Policies: heldPolicies, Offline: true})
+		}},
 		{"the name isn't allowed", func(s *replayScene) error {
 			s.fetcher.Change(fetch.Settings{Policies: heldPolicies, Allow: []string{"example.org"}})
 			return nil
-		}, map[string]int{"signature": refused, "not modified": refused, "page": refused}},
+		}, map[string]int{"signature": refused, "not modified": refused, "page": refused}, nil},
 		{"who asks has to show who it is", func(*replayScene) error {
 			guard.Change(access.Config{Rules: []access.Rule{{May: map[access.Right][]string{access.Read: {access.Known}}}}})
 			return nil
-		}, map[string]int{"signature": http.StatusUnauthorized, "not modified": http.StatusUnauthorized, "page": http.StatusUnauthorized}},
+		}, map[string]int{"signature": http.StatusUnauthorized, "not modified": http.StatusUnauthorized, "page": http.StatusUnauthorized}, nil},
 		{"another age", func(s *replayScene) error {
 			s.server.Change(Settings{MaxAge: time.Second, TTL: time.Hour})
 			return nil
-		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}},
+		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}, nil},
 		{"other rules of discovery", func(s *replayScene) error {
 			s.finder.SetRules([]discovery.Rule{})
 			return nil
-		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}},
+		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}, nil},
 		{"the publisher says something else", func(s *replayScene) error {
 			return s.store.Learn(cache.Discovered{Name: "example.com/app", Templates: []cache.Template{{Prefix: "example.com", URL: "https://other.example.com/{name}.{ext}"}}, When: time.Now()})
-		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}},
+		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}, nil},
 		{"a second goes by", func(s *replayScene) error {
 			s.ahead.Add(int64(replayFor))
 			return nil
-		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}},
+		}, map[string]int{"signature": 0, "not modified": 0, "page": 0}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			guard.Change(access.Config{})
 			s := newReplayScene(t, func(c *Config) { c.Guard = guard })
+			if tt.before != nil {
+				tt.before(s)
+			}
 			requests := s.requests()
 			was := make(map[string]*http.Response)
 			for name := range requests {
@@ -296,21 +322,42 @@ func TestReplaysEnd(t *testing.T) {
 	}
 }
 
-// TestReplaysAreOfTheSameRequest: what differs in one byte is another request.
+// TestReplaysAreOfTheSameRequest: what differs in one byte is another request, even where it is looked for in the same slot.
 func TestReplaysAreOfTheSameRequest(t *testing.T) {
 	s := newReplayScene(t, nil)
 	request := get(imageTarget, "example.com", "If-None-Match: "+s.etag+"\r\n")
 	s.warm(request)
-	for _, other := range []string{
-		get(imageTarget, "example.org", "If-None-Match: "+s.etag+"\r\n"), get(imageTarget, "example.com", "If-None-Match: "+s.etag+" \r\n"),
-		get(imageTarget, "example.com", "If-None-Match: \"other\"\r\n"), get(imageTarget, "example.com", "If-None-Match: "+s.etag+"\r\nAuthorization: Basic YTpi\r\n"),
+	for other, want := range map[string]int{
+		get(imageTarget, "example.org", "If-None-Match: "+s.etag+"\r\n"):                              http.StatusNotModified,
+		get(imageTarget, "example.com", "If-None-Match: \"other\"\r\n"):                               http.StatusOK,
+		get(imageTarget, "example.com", "If-None-Match: "+s.etag+"\r\nAuthorization: Basic YTpi\r\n"): http.StatusNotModified,
+		strings.Replace(request, "version=1.0.0", "version=1.0.1", 1):                                 http.StatusNotFound,
+		strings.Replace(request, "HTTP/1.1\r\n", "HTTP/1.1\r\nConnection: close\r\n", 1):              http.StatusNotModified,
 	} {
-		if s.kept(other) != nil {
-			t.Errorf("there is an answer for %q", other)
+		kept := *s.kept(request)
+		kept.slot = s.door.replays.slot([]byte(other))
+		s.door.replays.put(&kept)
+		resp, _, again := s.replayed(other)
+		if again || resp.StatusCode != want {
+			t.Errorf("%q is answered with %s, given again: %t, want %d", other, resp.Status, again, want)
 		}
-		resp, body := s.ask(other)
-		if strings.Contains(other, "other") && (resp.StatusCode != http.StatusOK || len(body) < 1<<10) {
-			t.Errorf("%q is answered with %s and %d bytes", other, resp.Status, len(body))
+	}
+}
+
+// TestReplaysAreOfOneDoor: where everybody has to show who it is, nobody gets what was answered elsewhere.
+func TestReplaysAreOfOneDoor(t *testing.T) {
+	s := newReplayScene(t, func(c *Config) { c.Guard = access.New(access.Config{}) })
+	_, strict := s.listen(Front{Auth: access.Basic})
+	for name, request := range s.requests() {
+		s.warm(request)
+		if _, _, again := s.replayed(request); !again {
+			t.Errorf("%s: it is not given again", name)
+		}
+		for range 4 {
+			resp, _, err := askAt(strict, request)
+			if err != nil || resp.StatusCode != http.StatusUnauthorized {
+				t.Errorf("%s is answered with %v: %v", name, resp, err)
+			}
 		}
 	}
 }
@@ -335,42 +382,35 @@ func TestWhatIsNotReplayed(t *testing.T) {
 	}
 }
 
-// TestReplaysCount: against the rate of a client, and as uses of the image.
+// TestReplaysCount: as uses of the image, and against the rate of a client.
 func TestReplaysCount(t *testing.T) {
-	const burst = 10
-	s := newReplayScene(t, func(c *Config) { c.Limits = Limits{Rate: 1, Burst: burst} })
+	s := newReplayScene(t, nil)
 	request := get(signatureTarget, "example.com", "")
-	conn, err := net.Dial("tcp", s.address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	r := bufio.NewReader(conn)
-	limited := 0
-	for range 3 * burst {
-		if s.kept(request) != nil && limited == 0 {
-			// Only replays are left.
-			before, err := s.store.Record(s.digest)
-			if err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(2 * time.Millisecond)
-			defer func() {
-				if after, err := s.store.Record(s.digest); err != nil || !after.Used.After(before.Used) {
-					t.Errorf("the image was used at %v, and at %v before: %v", after.Used, before.Used, err)
-				}
-			}()
-		}
-		resp, _, err := askOn(conn, r, request)
+	s.warm(request)
+	used := func() time.Time {
+		rec, err := s.store.Record(s.digest)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if resp.StatusCode == http.StatusTooManyRequests {
-			limited++
-		}
+		return rec.Used
 	}
-	if limited < burst {
-		t.Errorf("of %d requests, %d were too many", 3*burst, limited)
+	before := used()
+	time.Sleep(2 * time.Millisecond) // the store has a clock of its own
+	if _, _, again := s.replayed(request); !again || !used().After(before) {
+		t.Errorf("given again: %t, used at %v, and at %v before", again, used(), before)
+	}
+
+	const burst = 10
+	s.server.SetRate(1, burst)
+	for i := range 2 * burst {
+		resp, _, again := s.replayed(request)
+		want := http.StatusOK
+		if i >= burst {
+			want = http.StatusTooManyRequests
+		}
+		if resp.StatusCode != want || again != (want == http.StatusOK) {
+			t.Errorf("request %d is answered with %s, given again: %t", i, resp.Status, again)
+		}
 	}
 }
 
@@ -379,8 +419,9 @@ func TestReplaysWhileThingsChange(t *testing.T) {
 	s := newReplayScene(t, nil)
 	request := get(signatureTarget, "example.com", "")
 	s.warm(request)
-	var allowed atomic.Int64 // goes up with each change: even is allowed; odd, while it is neither, is -1 to whoever looks
-	var asked, replayed atomic.Int64
+	// Goes up when a change begins, and when it has been made: in between, either answer is right. After every other change the image may not be had.
+	var phase atomic.Int64
+	var right, again [2]atomic.Int64 // how many answers were checked, and how many of them had been kept, while it may be had and while it may not
 	done := make(chan struct{})
 	var clients sync.WaitGroup
 	for range 4 {
@@ -390,7 +431,8 @@ func TestReplaysWhileThingsChange(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			defer conn.Close()
+			// Whoever was refused has been handed to net/http.
+			defer func() { _ = conn.Close() }()
 			r := bufio.NewReader(conn)
 			for {
 				select {
@@ -398,53 +440,73 @@ func TestReplaysWhileThingsChange(t *testing.T) {
 					return
 				default:
 				}
-				before := allowed.Load()
+				before := phase.Load()
 				resp, _, err := askOn(conn, r, request)
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				asked.Add(1)
-				if s.kept(request) != nil {
-					replayed.Add(1)
+				if resp.StatusCode != http.StatusOK {
+					_ = conn.Close()
+					if conn, err = net.Dial("tcp", s.address); err != nil {
+						t.Error(err)
+						return
+					}
+					r = bufio.NewReader(conn)
 				}
-				if allowed.Load() != before || before%2 != 0 {
-					continue // it has changed meanwhile
+				if before%2 != 0 || phase.Load() != before {
+					continue
 				}
-				want := http.StatusOK
-				if before%4 != 0 {
-					want = http.StatusForbidden
+				want, i := http.StatusOK, 0
+				if before/2%2 != 0 {
+					want, i = http.StatusForbidden, 1
 				}
 				if resp.StatusCode != want {
 					t.Errorf("answered with %s after change %d", resp.Status, before/2)
 				}
+				right[i].Add(1)
+				if resp.Header.Get("X-Marked") != "" {
+					again[i].Add(1)
+				}
 			}
 		})
 	}
-	for i := range 200 {
-		allowed.Add(1)
-		settings := fetch.Settings{Policies: heldPolicies}
-		switch i % 4 {
+	mark := func() {
+		if a := s.kept(request); a != nil && !bytes.Contains(a.rest, []byte("X-Marked")) {
+			marked := *a
+			marked.rest = append([]byte("X-Marked: yes\r\n"), a.rest...)
+			s.door.replays.put(&marked)
+		}
+	}
+	for i := range 60 {
+		phase.Add(1)
+		var err error
+		switch settings := (fetch.Settings{Policies: heldPolicies}); i % 4 {
 		case 0:
 			settings.Allow = []string{"example.org"}
 			s.fetcher.Change(settings)
-		case 1, 3:
+		case 1:
 			s.fetcher.Change(settings)
-			if err := s.store.Restore(t.Context(), s.digest); err != nil {
-				t.Error(err)
-			}
 		case 2:
-			if err := s.store.Quarantine(t.Context(), s.digest, "by-hand", "it was said so"); err != nil {
-				t.Error(err)
-			}
+			err = s.store.Quarantine(t.Context(), s.digest, "by-hand", "it was said so")
+		case 3:
+			err = s.store.Restore(t.Context(), s.digest)
 		}
-		allowed.Add(1)
-		time.Sleep(time.Millisecond)
+		if err != nil {
+			t.Fatal(err)
+		}
+		phase.Add(1)
+		// Some have seen it before the next one, and some of those were given what is kept.
+		j := (i + 1) % 2
+		for was, end := right[j].Load(), time.Now().Add(10*time.Second); right[j].Load() < was+20 && time.Now().Before(end); {
+			mark()
+			time.Sleep(100 * time.Microsecond)
+		}
 	}
 	close(done)
 	clients.Wait()
-	if asked.Load() < 200 || replayed.Load() == 0 {
-		t.Errorf("of %d answers, %d were kept: there is nothing to be seen", asked.Load(), replayed.Load())
+	if again[0].Load() == 0 || again[1].Load() != 0 || right[0].Load() == 0 || right[1].Load() == 0 {
+		t.Errorf("checked %d answers while it may be had, of which %d had been kept, and %d and %d while it may not", right[0].Load(), again[0].Load(), right[1].Load(), again[1].Load())
 	}
 }
 

@@ -26,6 +26,7 @@ type heldScene struct {
 	store   *cache.Disk
 	keys    *trust.Store
 	dirs    trust.Dirs
+	dir     string // of the store
 	key     *trusttest.Key // that has signed it
 	digest  acproxy.Digest
 	etag    string
@@ -55,7 +56,8 @@ func newHeldScene(tb testing.TB, change func(*Config)) *heldScene {
 	h.keys, err = trust.Open(h.dirs)
 	must(err)
 	tb.Cleanup(func() { must(h.keys.Close()) })
-	h.store, err = cache.Open(tb.TempDir(), cache.Options{Log: slog.New(slog.DiscardHandler)})
+	h.dir = tb.TempDir()
+	h.store, err = cache.Open(h.dir, cache.Options{Log: slog.New(slog.DiscardHandler)})
 	must(err)
 	tb.Cleanup(func() { must(h.store.Close()) })
 	hosts := map[string]string{"example.com": pub.Addr(), "storage.example.com": pub.Addr()}

@@ -91,6 +91,7 @@ type Server struct {
 	helds      *memo.Memo[heldKey, http.Header]
 	brisk      *memo.Memo[briskKey, *url.URL]
 	settings   atomic.Pointer[settings]
+	changes    atomic.Uint64 // how often others took the place of the settings
 
 	buffers sync.Pool             // for what is encrypted
 	rates   atomic.Pointer[rates] // nil if there is no limit
@@ -157,6 +158,7 @@ type settings struct {
 // Change puts other settings in the place of those that count, from the next answer on.
 func (s *Server) Change(to Settings) {
 	s.settings.Store(&settings{maxAge: cacheControl(to.MaxAge), maxAgeLatest: cacheControl(min(to.MaxAge, to.TTL)), allKeys: to.AllKeys})
+	s.changes.Add(1)
 }
 
 // SetRate changes how many requests a client may make, as [Limits] has it, from the next request on. What clients have asked for already is forgotten.
