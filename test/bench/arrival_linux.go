@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A stampedConn knows when what was read from it last had arrived: as the system has noted it (SO_TIMESTAMPNS, socket(7)), before whoever reads it had its turn.
+// A stampedConn knows when what was read from it last had arrived: as the system has noted it (SO_TIMESTAMPNS, socket(7)), before whoever reads it had its turn. To
+// what waits in a socket the system may append what comes after it, with the time of that: so it had arrived then at the latest.
 type stampedConn struct {
 	*net.TCPConn
 	raw     syscall.RawConn
@@ -41,10 +42,15 @@ func stamped(conn net.Conn) (net.Conn, error) {
 
 // Read is the connection's.
 func (c *stampedConn) Read(p []byte) (n int, err error) {
+	c.at = time.Time{}
 	var controls int
 	waited := c.raw.Read(func(fd uintptr) bool {
-		n, controls, _, _, err = unix.Recvmsg(int(fd), p, c.control[:], unix.MSG_DONTWAIT)
-		return err != unix.EAGAIN && err != unix.EINTR
+		for {
+			n, controls, _, _, err = unix.Recvmsg(int(fd), p, c.control[:], unix.MSG_DONTWAIT)
+			if err != unix.EINTR {
+				return err != unix.EAGAIN
+			}
+		}
 	})
 	switch {
 	case waited != nil:
@@ -67,7 +73,7 @@ func (c *stampedConn) Read(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// arrived returns when the last of what was read from a connection by its last Read had arrived, by the wall clock; zero if that isn't known.
+// arrived returns when all of what was read from a connection by its last Read had arrived, by the wall clock; zero if that isn't known.
 func arrived(conn net.Conn) time.Time {
 	if c, ok := conn.(*stampedConn); ok {
 		return c.at

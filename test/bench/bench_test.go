@@ -405,14 +405,30 @@ func TestAnswersAreChecked(t *testing.T) {
 	s := httptest.NewServer(p)
 	defer s.Close()
 	good := load{URL: s.URL + "/file", Connections: 3, Want: answer{Status: 200, Size: int64(len(body)), SHA256: hexSHA256(body)}}
-	if got := good.run(); got.Error != "" || got.Requests != 3 || got.Bytes != 3*int64(len(body)) || len(got.FirstByte) != 3 || len(got.LastByte) != 3 {
-		t.Errorf("run = %+v", got)
+	atOnce := func() error { return nil }
+	for range 2 {
+		got := good.run(atOnce)
+		if got.Error != "" || got.Requests != 3 || got.Bytes != 3*int64(len(body)) || len(got.FirstByte) != 3 || len(got.FirstRead) != 3 || len(got.LastByte) != 3 {
+			t.Errorf("run = %+v", got)
+		}
+		for i := range got.LastByte {
+			// The wall clock, by which bytes come, may be set meanwhile, but not by that much.
+			if first, read, last := got.FirstByte[i], got.FirstRead[i], got.LastByte[i]; first < -1 || first > read+1 || read < 0 || last < read {
+				t.Errorf("the first byte came after %g s and was read after %g s, and the last one after %g s", first, read, last)
+			}
+		}
+		p.mu.Lock()
+		if want := 3; p.fetched["/file"] != want && good.Before == nil || good.Before != nil && p.fetched["/file"] != 3*want {
+			t.Errorf("the publisher counts %v", p.fetched)
+		}
+		p.mu.Unlock()
+		before := good
+		good.Before = &before
 	}
-	p.mu.Lock()
-	if p.fetched["/file"] != 3 {
-		t.Errorf("the publisher counts %v", p.fetched)
+	good.Before = nil
+	if got := good.run(func() error { return errors.New("not now") }); got.Error != "not now" {
+		t.Errorf("whoever isn't ready gets %+v", got)
 	}
-	p.mu.Unlock()
 	for name, change := range map[string]func(*load){
 		"another status":  func(l *load) { l.Want.Status = 304 },
 		"another size":    func(l *load) { l.Want.Size++ },
@@ -423,7 +439,7 @@ func TestAnswersAreChecked(t *testing.T) {
 	} {
 		bad := good
 		change(&bad)
-		if got := bad.run(); got.Error == "" {
+		if got := bad.run(atOnce); got.Error == "" {
 			t.Errorf("%s: run = %+v", name, got)
 		}
 	}

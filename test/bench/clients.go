@@ -38,7 +38,8 @@ type load struct {
 	Connections int     //
 	Seconds     float64 // ask again and again for so long; 0 means once
 	Want        answer
-	// Before is what each of them asks for on its connection before, all at once, of which nothing is measured: URL, Header and Want count. nil for nothing.
+	// Before is what each of them asks for on its connection before, all at once: URL, Header and Want count. nil for nothing. The clients say when they have that, and go
+	// on when they are told to.
 	Before *load
 }
 
@@ -65,20 +66,55 @@ type loaded struct {
 	Error string // the first thing that went wrong, "" if nothing did
 }
 
-// ask has clients in a process of their own ask for something.
-func ask(ctx context.Context, l load) (loaded, error) {
+// ask has clients in a process of their own ask for something. begin is called when they are about to, and what they asked for before has come; nil
+// if nobody wants to know.
+func ask(ctx context.Context, l load, begin func() error) (got loaded, err error) {
 	cmd, err := roleCommand(roleClients, l)
 	if err != nil {
 		return loaded{}, err
 	}
 	dieWithUs(cmd)
-	out, err := output(ctx, cmd)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	spec := cmd.Stdin
+	cmd.Stdin = nil
+	in, err := cmd.StdinPipe()
 	if err != nil {
 		return loaded{}, err
 	}
-	var got loaded
-	if err := json.Unmarshal(out, &got); err != nil {
-		return loaded{}, fmt.Errorf("the clients said %q: %w", out, err)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return loaded{}, err
+	}
+	if err := cmd.Start(); err != nil {
+		return loaded{}, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
+	defer stop()
+	err = func() error {
+		if _, err := io.Copy(in, spec); err != nil {
+			return err
+		}
+		said := json.NewDecoder(out)
+		var ready bool
+		if err := said.Decode(&ready); err != nil {
+			return fmt.Errorf("waiting for the clients to be ready: %w", err)
+		}
+		if begin != nil {
+			if err := begin(); err != nil {
+				return err
+			}
+		}
+		if err := in.Close(); err != nil {
+			return err
+		}
+		return said.Decode(&got)
+	}()
+	if err != nil {
+		_ = cmd.Process.Kill()
+	}
+	if err = errors.Join(err, cmd.Wait()); err != nil {
+		return loaded{}, fmt.Errorf("%s: %w: %s", cmd.Path, errors.Join(err, ctx.Err()), said.Bytes())
 	}
 	if got.Error != "" {
 		return loaded{}, fmt.Errorf("asking for %s: %s", l.URL, got.Error)
@@ -148,12 +184,19 @@ func playClients(stdin io.Reader, stdout io.Writer) error {
 	if err := json.NewDecoder(stdin).Decode(&l); err != nil {
 		return fmt.Errorf("reading what to ask for: %w", err)
 	}
-	got := l.run()
-	return json.NewEncoder(stdout).Encode(got)
+	told := json.NewEncoder(stdout)
+	got := l.run(func() error {
+		if err := told.Encode(true); err != nil {
+			return err
+		}
+		_, err := io.Copy(io.Discard, stdin)
+		return err
+	})
+	return told.Encode(got)
 }
 
-// run asks, with all connections at once.
-func (l load) run() loaded {
+// run asks, with all connections at once. It calls ready before it does, when all has come that is asked for before.
+func (l load) run(ready func() error) loaded {
 	clients := make([]*client, l.Connections)
 	for i := range clients {
 		c, err := l.dial()
@@ -173,6 +216,9 @@ func (l load) run() loaded {
 		for _, c := range clients {
 			c.bytes, c.took = 0, nil
 		}
+	}
+	if err := ready(); err != nil {
+		return loaded{Error: err.Error()}
 	}
 	before := cpuOfThisProcess()
 	var started time.Time

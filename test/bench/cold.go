@@ -133,7 +133,7 @@ func cold(ctx context.Context, o options, a arriving, im *image, p peer, program
 	l.Before = &before
 	// Every byte that comes is checked, by a sum that costs the clients next to nothing.
 	l.Want.CRC = im.crc
-	got, m, err := o.cost(ctx, t, func(ctx context.Context) (loaded, error) { return ask(ctx, l) })
+	got, m, err := o.cost(ctx, t, func(ctx context.Context, begin func() error) (loaded, error) { return ask(ctx, l, begin) })
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +147,7 @@ func cold(ctx context.Context, o options, a arriving, im *image, p peer, program
 	m[lastByte.name], m[fetches.name] = slices.Max(got.LastByte), float64(count)
 	if a.again && p.start != nil {
 		l.Want.CRC, l.Want.SHA256 = "", im.sha256
-		if _, err := ask(ctx, l); err != nil {
+		if _, err := ask(ctx, l, nil); err != nil {
 			return nil, fmt.Errorf("asking for what was fetched: %w", err)
 		}
 	}

@@ -233,7 +233,7 @@ func setUpWarm(ctx context.Context, o options, h holding) (s stage, err error) {
 		}
 		if l.Want.Size < 0 {
 			// Whatever it is, it stays that.
-			got, err := ask(ctx, l)
+			got, err := ask(ctx, l, nil)
 			if err != nil {
 				return s, err
 			}
@@ -256,7 +256,7 @@ func prime(ctx context.Context, t *target, im *image) error {
 		if o == whole {
 			l.Want.SHA256 = im.sha256
 		}
-		if _, err := ask(ctx, l); err != nil {
+		if _, err := ask(ctx, l, nil); err != nil {
 			return err
 		}
 	}
@@ -288,10 +288,15 @@ func warm(ctx context.Context, o options, h holding, t *target, l load) (measure
 		if wrk, err := installed(ctx, o, "wrk", "wrk"); err != nil {
 			o.note("our own clients ask for small answers, which costs more than wrk does: %v", err)
 		} else {
-			ask = func(ctx context.Context, l load) (loaded, error) { return askWithWrk(ctx, wrk, o.dir, l) }
+			ask = func(ctx context.Context, l load, begin func() error) (loaded, error) {
+				if err := begin(); err != nil {
+					return loaded{}, err
+				}
+				return askWithWrk(ctx, wrk, o.dir, l)
+			}
 		}
 	}
-	got, m, err := o.cost(ctx, t, func(ctx context.Context) (loaded, error) { return ask(ctx, l) })
+	got, m, err := o.cost(ctx, t, func(ctx context.Context, begin func() error) (loaded, error) { return ask(ctx, l, begin) })
 	switch {
 	case err != nil:
 		return nil, err
@@ -308,23 +313,25 @@ func warm(ctx context.Context, o options, h holding, t *target, l load) (measure
 	return m, nil
 }
 
-// cost runs a load and counts what it costs its target.
-func (o options) cost(ctx context.Context, t *target, ask func(context.Context) (loaded, error)) (loaded, measures, error) {
-	before, err := t.cpu()
-	if err != nil {
-		return loaded{}, nil, err
-	}
-	// Nobody else's packets are about: one contestant runs at a time.
-	put := deferred()
-	profiled := func() error { return nil }
-	if o.profile != "" && t.admin != "" {
-		profiled = o.startProfile(ctx, t)
-	}
-	peak, err := t.watchMemory()
-	if err != nil {
-		return loaded{}, nil, err
-	}
-	got, err := ask(ctx)
+// cost runs a load and counts what it costs its target. ask calls begin when it begins with what counts.
+func (o options) cost(ctx context.Context, t *target, ask func(ctx context.Context, begin func() error) (loaded, error)) (loaded, measures, error) {
+	var before, put float64
+	profiled, peak := func() error { return nil }, func() int64 { return 0 }
+	got, err := ask(ctx, func() (err error) {
+		// Nobody else's packets are about: one contestant runs at a time.
+		put = deferred()
+		if o.profile != "" && t.admin != "" {
+			profiled = o.startProfile(ctx, t)
+		}
+		if before, err = t.cpu(); err != nil {
+			return err
+		}
+		stop, err := t.watchMemory()
+		if err == nil {
+			peak = stop
+		}
+		return err
+	})
 	most := peak()
 	if err := errors.Join(err, profiled()); err != nil {
 		return loaded{}, nil, err
