@@ -26,7 +26,7 @@ type heldScene struct {
 	store   *cache.Disk
 	keys    *trust.Store
 	dirs    trust.Dirs
-	dir     string // of the store
+	dir     string         // of the store
 	key     *trusttest.Key // that has signed it
 	digest  acproxy.Digest
 	etag    string
