@@ -162,6 +162,10 @@ func TestLongRecordsAreLookedUpApart(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	// What is put into the index here has no files, which is not to be noticed.
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	const ref = "example.com/app:1"
 	fill := maxCopied - len(appendHeld(nil, held{Record: smallImage(t, "", ref).Record})) - 1 // the length takes two bytes then
 	for _, tt := range []struct {

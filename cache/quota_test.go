@@ -544,9 +544,9 @@ func TestSetQuotaWhileImagesArrive(t *testing.T) {
 	}
 	close(stop)
 	writers.Wait()
-	w.until("the last quota is kept", func() bool {
+	w.until("the last quota is kept, and the files of what was evicted are gone, which nobody has open", func() bool {
 		u := w.usage()
-		return u.Total()+u.Promised <= 20*mib*95/100
+		return u.Total()+u.Promised <= 20*mib*95/100 && u.Open == 0
 	})
 	w.counted("after all")
 }
