@@ -32,6 +32,10 @@ func (d *Disk) saveAnd(ix *index, img *image, then func()) (displaced []acproxy.
 	if err != nil {
 		return nil, err
 	}
+	if err := ix.mark(); err != nil {
+		return nil, err
+	}
+	defer func() { _ = d.fsys.note(err) }()
 	// It stands beside the old one for a moment. Nobody is asked for the space: who holds a lock can't wait for an eviction.
 	beside := blocks(img.sidecar)
 	d.space.add(beside)

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -271,6 +272,14 @@ func callsOf(t *testing.T, base string, op operation) []string {
 	return fsys.Calls()
 }
 
+// callAt returns a call that was made.
+func callAt(fsys *durabletest.FS, at int) string {
+	if calls := fsys.Calls(); len(calls) >= at {
+		return calls[at-1]
+	}
+	return "all that was done"
+}
+
 func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.Mode) {
 	ctx := t.Context()
 	d, fsys, dir := onCopy(t, base)
@@ -281,10 +290,7 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 		// Nobody was there any more to be told that it was done.
 		done = durabletest.ErrPower
 	}
-	what := "the operation"
-	if calls := fsys.Calls(); len(calls) >= at {
-		what = calls[at-1]
-	}
+	what := callAt(fsys, at)
 	indexAfter := read(t, filepath.Join(dir, "index.db"))
 	verdict := func(d *cache.Disk) error {
 		after := op.after(ctx, d)
@@ -350,6 +356,131 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 		}
 		closeStore(t, again)
 		tidy(t, after, c.index == nil, op.aside, what)
+	}
+}
+
+// TestWhatFailedIsMendedByTheNextStart makes each call on the file system that an operation makes fail, closes the store properly, and opens it again: the
+// failure has left nothing that a store can't be closed with.
+func TestWhatFailedIsMendedByTheNextStart(t *testing.T) {
+	base := t.TempDir()
+	d := open(t, base, cache.Options{})
+	for _, img := range []cachetest.Image{alpha("1"), beta()} {
+		if err := cachetest.Commit(t.Context(), d, img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	closeStore(t, d)
+	for _, op := range operations() {
+		n := len(callsOf(t, base, op))
+		for at := 1; at <= n; at++ {
+			for _, mode := range []durabletest.Mode{durabletest.Fail, durabletest.FailThoughDone} {
+				t.Run(fmt.Sprintf("%s, call %d %v", op.name, at, mode), func(t *testing.T) {
+					t.Parallel()
+					d, fsys, dir := onCopy(t, base)
+					fsys.Break(at, mode, nil)
+					err := op.do(t.Context(), d)
+					what := callAt(fsys, at)
+					closeStore(t, d)
+					again := open(t, dir, cache.Options{Idle: true})
+					if err := again.Ready(t.Context()); err != nil {
+						t.Fatal(err)
+					}
+					closeStore(t, again)
+					tidy(t, dir, false, op.aside, what)
+					_, found, _ := check(t, dir, false)
+					for _, f := range found.all {
+						if !f.Note && !(op.aside && f.Code == cache.CodeCorrupt) { // what the operation has spoilt itself
+							t.Errorf("%s, which ended with %v: fsck finds %s in %s: %s", what, err, f.Code, f.Path, f.Detail)
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+// TestClosedWhileFilesChange closes a store in the midst of commits, changes, evictions and deletions: the next start knows whether the files have to be looked at.
+func TestClosedWhileFilesChange(t *testing.T) {
+	for round := range 60 {
+		dir := t.TempDir()
+		d := open(t, dir, cache.Options{Quota: cache.Quota{Grace: -1}})
+		if err := d.Ready(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		const images = 4
+		var busy sync.WaitGroup
+		for i := range images {
+			// It ends with the store, and is waited for.
+			busy.Go(func() {
+				img := cachetest.NewImage(fmt.Sprintf("example.com/app%d", i), "1", 100)
+				for {
+					for _, do := range []func() error{
+						func() error { return cachetest.Commit(t.Context(), d, img) },
+						func() error { return d.Quarantine(t.Context(), img.Record.Digest, "tar", "two manifests") },
+						func() error { return d.Delete(t.Context(), img.Record.Digest) },
+						func() error { return cachetest.Commit(t.Context(), d, img) },
+						func() error { _, err := d.Evict(t.Context(), 0); return err },
+					} {
+						if err := do(); d.Working() != nil {
+							return
+						} else if err != nil && !errors.Is(err, acproxy.ErrNotFound) {
+							t.Error(err)
+						}
+					}
+				}
+			})
+		}
+		time.Sleep(time.Duration(round%20) * time.Millisecond)
+		closeStore(t, d)
+		busy.Wait()
+		again := open(t, dir, cache.Options{Idle: true})
+		if err := again.Ready(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		closeStore(t, again)
+		tidy(t, dir, false, true, "closed")
+		_, found, _ := check(t, dir, false)
+		for _, f := range found.all {
+			// A sidecar that was written, and whose change was not, is written again when the store is scrubbed.
+			if f.Code != cache.CodeSidecarDiffers {
+				t.Errorf("fsck finds %s in %s: %s", f.Code, f.Path, f.Detail)
+			}
+		}
+	}
+}
+
+// TestTheFirstCommitAfterAStart cuts the power at each call of a commit that is the first thing that happens to a store that was closed properly: before the
+// whole of its index has been read, nothing else has noted that it is open.
+func TestTheFirstCommitAfterAStart(t *testing.T) {
+	base := t.TempDir()
+	closeStore(t, open(t, base, cache.Options{}))
+	op := operations()[0]
+	two := alpha("2")
+	op.before = lacks(two)
+	op.after = holds(two)
+	for at := 1; at <= len(callsOf(t, base, op)); at++ {
+		d, fsys, dir := onCopy(t, base)
+		if err := d.Unmark(); err != nil {
+			t.Fatal(err)
+		}
+		fsys.Break(at, durabletest.PowerCut, nil)
+		_ = op.do(t.Context(), d) // nobody is there any more to be told
+		what := callAt(fsys, at)
+		after := filepath.Join(t.TempDir(), "after")
+		if err := fsys.Crash(after, durabletest.Everything()); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(after, "index.db"), read(t, filepath.Join(dir, "index.db")))
+		again := open(t, after, cache.Options{Idle: true})
+		if err := again.Ready(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		closeStore(t, again)
+		tidy(t, after, false, false, what)
+		_, found, _ := check(t, after, false)
+		for _, f := range found.all {
+			t.Errorf("power cut after %s: fsck finds %s in %s: %s", what, f.Code, f.Path, f.Detail)
+		}
 	}
 }
 

@@ -92,7 +92,7 @@ const DefaultMaxMapped = 64 << 20
 // that isn't.
 type Disk struct {
 	dir          string
-	fsys         durable.FS
+	fsys         *failing
 	log          *slog.Logger
 	now          func() time.Time
 	flushEvery   time.Duration
@@ -168,14 +168,14 @@ func Open(dir string, opts Options) (*Disk, error) {
 // newDisk returns a store that isn't open.
 func newDisk(dir string, opts Options) *Disk {
 	d := &Disk{
-		dir: dir, fsys: opts.FS, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
+		dir: dir, fsys: &failing{FS: opts.FS}, log: opts.Log, now: opts.Now, flushEvery: opts.FlushEvery, keepPartials: opts.KeepPartials, maxMapped: opts.MaxMapped,
 		idle: opts.Idle, evictAgain: cmp.Or(opts.evictAgain, defaultEvictAgain), tellEvicted: opts.Evicted, tellLost: opts.Lost, inspect: opts.Inspect, schedule: opts.Scrub, wakeups: make(chan struct{}, 1), demands: make(chan demand), uncounted: true,
 		memory: newMemory(), cleaned: make(chan struct{}), touched: make(map[acproxy.Digest]time.Time),
 		suspended: make(map[string]suspended), spools: make(map[string]*Spool), shards: make(map[string]bool),
 	}
 	d.known.Store(&knowledge{changed: make(chan struct{})})
-	if d.fsys == nil {
-		d.fsys = durable.OS{}
+	if opts.FS == nil {
+		d.fsys.FS = durable.OS{}
 	}
 	if d.log == nil {
 		d.log = slog.Default()
@@ -739,20 +739,24 @@ func (d *Disk) Close() error {
 		return nil
 	}
 	d.closed = true
-	settled := d.knowledge().settled
 	d.mu.Unlock()
 	d.cancel()
 	// The flusher ends with ctx, and so does whatever fills the index.
 	d.wg.Wait()
 	ix := d.index()
+	d.mu.Lock()
+	settled := d.knowledge().settled
+	// Who finds nothing from now on is told that it is closed, and not that nothing is held.
+	d.learn(func(k *knowledge) { *k = knowledge{ix: ix} })
+	d.mu.Unlock()
 	var err error
 	if settled && !d.readOnly {
 		ctx, cancel := context.WithTimeout(context.Background(), maxKeepRefs)
 		d.keepRefs(ctx, ix)
 		cancel()
 		if err = d.flush(); err == nil {
-			// From here on the files and the index agree, and the next start needn't compare them.
-			err = ix.update(func(tx *bolt.Tx) error { return remove(tx, bucketState, []byte(stateOpen)) })
+			// If nothing is under way, and nothing has failed, the files and the index agree, and the next start needn't compare them.
+			err = ix.end(func() bool { return d.locks.idle() && !d.fsys.failed.Load() })
 		}
 	}
 	return errors.Join(err, ix.close(), d.lock.Close())
@@ -784,6 +788,13 @@ type locks struct {
 type keyLock struct {
 	mu   sync.Mutex
 	uses int // holders and waiters, guarded by locks.mu
+}
+
+// idle reports whether nobody holds a lock, or waits for one.
+func (l *locks) idle() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.m) == 0
 }
 
 // lock locks a digest and returns what unlocks it.

@@ -226,6 +226,9 @@ func TestReopenedStoreHoldsTheSame(t *testing.T) {
 
 func TestClosedStoreSaysSo(t *testing.T) {
 	d := open(t, t.TempDir(), cache.Options{})
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	img := cachetest.NewImage("example.com/app", "1", 10)
 	p, err := d.Begin(t.Context(), cache.Arrival{})
 	if err != nil {

@@ -36,3 +36,13 @@ func (d *Disk) KeptRefs() bool {
 	defer d.keeping.Unlock()
 	return d.kept == d.memory.refChanges.Load()
 }
+
+// Unmark makes the index one that has just been opened after the store was closed properly.
+func (d *Disk) Unmark() error {
+	ix := d.index()
+	if err := ix.update(func(tx *bolt.Tx) error { return remove(tx, bucketState, []byte(stateOpen)) }, effect{}); err != nil {
+		return err
+	}
+	ix.marked.Store(false)
+	return nil
+}

@@ -44,8 +44,10 @@ type index struct {
 	mapped    mapped
 
 	writes chan *write
-	marked bool // the writer's own: the index says that it is open
-	quit   chan struct{}
+	// marked is set when the index says that the store is open, which it does from the first change on; ending, when it is about to say that it was closed
+	// properly, and nothing may change any more; failed, when a transaction could not be written, and may have been all the same.
+	marked, ending, failed atomic.Bool
+	quit                   chan struct{}
 	// useless is closed when the index is given up that is not safe to look into.
 	useless chan struct{}
 	wg      sync.WaitGroup
@@ -61,6 +63,7 @@ type write struct {
 	loose int64
 	// then, if it isn't nil, is called in the moment in which loose comes to count, with the mutex of the space held.
 	then func()
+	last bool // nothing is written after it
 	done chan error
 }
 
@@ -388,6 +391,29 @@ func (x *index) commit(w *write) error {
 	}
 }
 
+// mark makes the index say that the store is open, before files change of which the index knows later: whoever finds that at the next start compares them. The
+// caller holds the lock of the image that they are of.
+func (x *index) mark() error {
+	switch {
+	case x.ending.Load():
+		return errClosed
+	case x.marked.Load():
+		return nil
+	}
+	return x.update(func(*bolt.Tx) error { return nil }, effect{})
+}
+
+// end makes the index say that the store was closed properly, if agree says, when nothing more can be changed, that the files and the index do.
+func (x *index) end(agree func() bool) error {
+	x.ending.Store(true)
+	return x.commit(&write{last: true, effects: []effect{{}}, change: func(tx *bolt.Tx) error {
+		if x.failed.Load() || !agree() {
+			return nil
+		}
+		return remove(tx, bucketState, []byte(stateOpen))
+	}})
+}
+
 // maxTogether bounds the changes that share a transaction.
 const maxTogether = 256
 
@@ -406,7 +432,7 @@ func (x *index) writer() {
 			return
 		}
 	gather:
-		for len(together) < maxTogether {
+		for len(together) < maxTogether && !together[len(together)-1].last {
 			select {
 			case w := <-x.writes:
 				together = append(together, w)
@@ -423,6 +449,9 @@ func (x *index) writer() {
 				w.done <- err
 			}
 		}
+		if together[len(together)-1].last {
+			return
+		}
 	}
 }
 
@@ -438,8 +467,7 @@ func (x *index) run(changes []*write) error {
 		if tx, err = x.db.Begin(true); err != nil {
 			return err
 		}
-		if !x.marked {
-			// Whoever finds this at the next start knows that files may have changed without the index.
+		if !x.marked.Load() {
 			if err := setState(tx, stateOpen); err != nil {
 				return err
 			}
@@ -452,11 +480,14 @@ func (x *index) run(changes []*write) error {
 		if t, err = getTotals(tx); err != nil {
 			return err
 		}
-		return withCause(tx.Commit())
+		if err = withCause(tx.Commit()); err != nil {
+			x.failed.Store(true)
+		}
+		return err
 	})
 	switch {
 	case err == nil:
-		x.marked = true
+		x.marked.Store(true)
 		x.space.committed(t, x.diskBytes(), changes)
 	case tx != nil:
 		// If Commit got as far as closing it, this does nothing and says so.

@@ -498,6 +498,9 @@ func (p *Partial) land(img *image, displaced *[]acproxy.Digest) (before *image, 
 	if err != nil {
 		return before, err
 	}
+	if err := d.on((*index).mark); err != nil {
+		return before, err
+	}
 	if err := d.writeSidecar(img, file); err != nil {
 		return before, err
 	}

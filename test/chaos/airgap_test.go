@@ -79,8 +79,7 @@ func TestKillImport(t *testing.T) {
 		r.must(w.alone, op.args...)
 		p = r.serve(w.alone)
 		r.wantHeld(p, append(slices.Clone(w.stores[op.store].held), cold, half))
-		p.stop()
-		r.tidy()
+		r.tidy(p)
 	})
 	if killed.Load() < int64(len(points)+1)/2 {
 		t.Errorf("it was killed at %d of %d points", killed.Load(), len(points))

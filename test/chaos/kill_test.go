@@ -119,8 +119,7 @@ func (w *world) kill(t *testing.T, op operation, fault tracer.Fault, then bool) 
 
 	p = r.serve(w.live)
 	r.wantThen(p, op)
-	p.stop()
-	r.tidy(op.damaged...)
+	r.tidy(p, op.damaged...)
 	return hit
 }
 

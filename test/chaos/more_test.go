@@ -73,8 +73,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	p.stop()
 	p = r.serve(w.alone)
 	r.wantHeld(p, w.stores["base"].held)
-	p.stop()
-	r.tidy()
+	r.tidy(p)
 }
 
 // TestKillTrustCommands kills the commands that change which keys are trusted at each of their calls: no half of a key is ever there, and the next command

@@ -130,8 +130,7 @@ func TestBecomesReadOnly(t *testing.T) {
 	if a := r.get(p, cold); !a.whole() {
 		t.Errorf("it can be written again, and yet: %v\n%s", a, p.output())
 	}
-	p.stop()
-	r.tidy()
+	r.tidy(p)
 }
 
 // TestBrokenFileSystem has a real file system become read-only because of an error on it.
@@ -228,7 +227,6 @@ func TestSmallFileSystem(t *testing.T) {
 	p.stop()
 	p = m.serve(r, w.alone)
 	r.wantHeld(p, append(kept, full))
-	p.stop()
 	r.data = filepath.Join(fmt.Sprintf("/proc/%d/root", m.pid), r.data)
-	r.tidy()
+	r.tidy(p)
 }

@@ -94,8 +94,7 @@ func TestKillPush(t *testing.T) {
 				}
 				r.must(w.alone, op.command...)
 				r.wantHeld(p, slices.Concat(w.stores[op.store].held, op.brings))
-				p.stop()
-				r.tidy()
+				r.tidy(p)
 			})
 			if killed.Load() < int64(len(points)+1)/2 {
 				t.Errorf("it was killed at %d of %d points", killed.Load(), len(points))
@@ -173,6 +172,5 @@ func (w *world) failBringing(t *testing.T, op bringing, f failure, at point) {
 		// On a disk that is full others may have had to make room, as nothing is too young for that there.
 		r.wantAllOrNone(p, w.stores[op.store].held)
 	}
-	p.stop()
-	r.tidy()
+	r.tidy(p)
 }

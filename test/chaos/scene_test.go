@@ -466,10 +466,14 @@ func (r *run) wantHeld(p *process, held []ref) {
 	}
 }
 
-// tidy checks that nothing lies about in the store of a server that was stopped when nothing was arriving, and that a check of the store finds no problem.
-// An image that was damaged has left something in the quarantine directory.
-func (r *run) tidy(damaged ...ref) {
+// tidy stops a server for which nothing is arriving, once it has compared its files with its index, and checks that nothing lies about in its store, and that a
+// check of the store finds no problem. An image that was damaged has left something in the quarantine directory.
+func (r *run) tidy(p *process, damaged ...ref) {
 	r.t.Helper()
+	if !p.says("the index is complete") {
+		r.t.Errorf("it ended before its index was complete:\n%s", p.output())
+	}
+	p.stop()
 	names := func(elem ...string) []string {
 		entries, err := os.ReadDir(filepath.Join(append([]string{r.data, "store"}, elem...)...))
 		if err != nil {
