@@ -374,7 +374,7 @@ func TestSmallFileSystem(t *testing.T) {
 		if err := unix.Statfs(dir, &s); err != nil {
 			t.Fatal(err)
 		}
-		return int64(s.Blocks-s.Bfree) * s.Bsize
+		return int64(s.Blocks-s.Bfree) * int64(s.Bsize) //nolint:unconvert // it is an int64 on Linux only
 	}
 	t.Run("the quota is never exceeded", func(t *testing.T) {
 		mount := tmpfs(t, 64*mib)
