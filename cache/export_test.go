@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"context"
 	"strconv"
 	"time"
 
@@ -45,4 +46,17 @@ func (d *Disk) Unmark() error {
 	}
 	ix.marked.Store(false)
 	return nil
+}
+
+// Counted waits until the store knows how much it takes.
+func (d *Disk) Counted(ctx context.Context) error {
+	d.space.mu.Lock()
+	known := d.space.known
+	d.space.mu.Unlock()
+	select {
+	case <-known:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }

@@ -234,6 +234,9 @@ func diskUsage(t testing.TB, dir string) int64 {
 // counted fails the test unless the store counts what is on the disk, no more and no less, once nothing is being written.
 func (w *warden) counted(what string) {
 	w.t.Helper()
+	if err := w.Counted(w.t.Context()); err != nil {
+		w.t.Fatal(err)
+	}
 	u := w.usage()
 	var other int64
 	for _, name := range []string{"VERSION", "lock"} {
