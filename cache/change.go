@@ -284,13 +284,20 @@ func (d *Disk) removeFiles(digest acproxy.Digest) error {
 	return nil
 }
 
-// Learn implements [Store].
+// Learn implements [Store]. It writes down what is known of names of which images are held, the rest is remembered for a while, and written down once one is.
 func (d *Disk) Learn(found Discovered) error {
 	if err := acproxy.CheckName(found.Name); err != nil {
 		return err
 	}
 	defer d.locks.lock(nameDigest(found.Name))()
-	before, known := d.Known(found.Name)
+	before, known := d.written(found.Name)
+	// Remembered before it is asked whether an image is held: who commits one asks the other way round.
+	if d.heard.put(found) {
+		d.memory.changes.Add(1)
+	}
+	if held, err := d.HasName(found.Name); !held || err != nil {
+		return err
+	}
 	when := before.When
 	before.When = found.When
 	if !known || !reflect.DeepEqual(before, found) || found.When.Sub(when) > keptEvery {
@@ -298,18 +305,22 @@ func (d *Disk) Learn(found Discovered) error {
 		if err != nil {
 			return err
 		}
-		if err := d.writeName(found.Name, file); err != nil && (!d.relief(d.ctx, err, blockSize) || d.writeName(found.Name, file) != nil) {
+		if err := d.writeName(found.Name, file); err != nil {
 			return err
 		}
 	}
-	return d.update(func(tx *bolt.Tx) error { return putKnown(tx, found) }, effect{})
+	if err := d.update(func(tx *bolt.Tx) error { return putKnown(tx, found) }, effect{}); err != nil {
+		return err
+	}
+	d.heard.written(found)
+	return nil
 }
 
-// writeName writes the file of a name, if there is space for it.
+// writeName writes the file of a name, if there is space for it: no image goes for that. The caller holds the lock of the name, and so must not wait for an eviction.
 func (d *Disk) writeName(name string, file []byte) error {
 	promised := pointAllowance + blocks(int64(len(file)))
-	if err := d.space.promise(d.ctx, promised, "what discovery found out about "+name); err != nil {
-		return err
+	if !d.space.tryPromise(promised) {
+		return &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: codeQuota, Detail: "what discovery found out about " + name + " is not written down: there is no space free"}
 	}
 	defer d.space.release(promised)
 	d.measuring.RLock()

@@ -96,9 +96,11 @@ func operations() []operation {
 	bad.Record.State, bad.Record.Code, bad.Record.Reason = cache.Quarantined, "tar", "two manifests"
 	moved := other
 	moved.Refs = append(moved.Refs[:2:2], cache.Resolution{Ref: one.Refs[1].Ref, Digest: other.Record.Digest, Source: "https://example.com/moved"})
+	learned := known
+	learned.Name = one.Record.Name
 	knows := func(want bool) func(context.Context, *cache.Disk) error {
 		return func(_ context.Context, d *cache.Disk) error {
-			if k, ok := d.Known(known.Name); ok != want || ok && !reflect.DeepEqual(k, known) {
+			if k, ok := d.Known(learned.Name); ok != want || ok && !reflect.DeepEqual(k, learned) {
 				return fmt.Errorf("Known = %+v, %v, want %v", k, ok, want)
 			}
 			return nil
@@ -209,7 +211,7 @@ func operations() []operation {
 		},
 		{
 			"learning of a name",
-			func(_ context.Context, d *cache.Disk) error { return d.Learn(known) },
+			func(_ context.Context, d *cache.Disk) error { return d.Learn(learned) },
 			both(holds(one, other), knows(false)), both(holds(one, other), knows(true)), false,
 		},
 	}
@@ -220,11 +222,7 @@ func operations() []operation {
 func TestNothingIsLostAtAnyCall(t *testing.T) {
 	base := t.TempDir()
 	d := open(t, base, cache.Options{})
-	for _, img := range []cachetest.Image{alpha("1"), beta()} {
-		if err := cachetest.Commit(t.Context(), d, img); err != nil {
-			t.Fatal(err)
-		}
-	}
+	fillBase(t, d)
 	closeStore(t, d)
 	for _, op := range operations() {
 		n := len(callsOf(t, base, op))
@@ -237,6 +235,21 @@ func TestNothingIsLostAtAnyCall(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// fillBase has a store hold what operations begin with. The name of beta is known, and what is known of it goes with it.
+func fillBase(t *testing.T, d *cache.Disk) {
+	t.Helper()
+	for _, img := range []cachetest.Image{alpha("1"), beta()} {
+		if err := cachetest.Commit(t.Context(), d, img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	of := known
+	of.Name = beta().Record.Name
+	if err := d.Learn(of); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -364,11 +377,7 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 func TestWhatFailedIsMendedByTheNextStart(t *testing.T) {
 	base := t.TempDir()
 	d := open(t, base, cache.Options{})
-	for _, img := range []cachetest.Image{alpha("1"), beta()} {
-		if err := cachetest.Commit(t.Context(), d, img); err != nil {
-			t.Fatal(err)
-		}
-	}
+	fillBase(t, d)
 	closeStore(t, d)
 	for _, op := range operations() {
 		n := len(callsOf(t, base, op))

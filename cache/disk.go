@@ -129,6 +129,7 @@ type Disk struct {
 	scrub    scrub
 
 	memory *memory // of what the index says
+	heard  heard   // of names
 
 	// known is what can be said of the index. It is replaced with mu held, and read without.
 	known atomic.Pointer[knowledge]

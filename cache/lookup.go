@@ -560,6 +560,14 @@ func (x *index) named(key []byte, digest acproxy.Digest) (rec Record, ok bool, e
 
 // Known implements [Store].
 func (d *Disk) Known(name string) (Discovered, bool) {
+	if k, ok := d.heard.get(name); ok {
+		return k, true
+	}
+	return d.written(name)
+}
+
+// written returns what is written down of a name.
+func (d *Disk) written(name string) (Discovered, bool) {
 	var k Discovered
 	ok := false
 	before := d.knowledge()
@@ -583,10 +591,14 @@ func (d *Disk) Known(name string) (Discovered, bool) {
 // KnownUnderHost implements [Store].
 func (d *Disk) KnownUnderHost(host string) []Discovered {
 	host = strings.ToLower(host)
+	heard := d.heard.under(host, anyHost)
 	var known []Discovered
 	err := d.view(func(tx *bolt.Tx) error {
-		known = nil
-		seen := make(map[string]bool)
+		known = slices.Clone(heard)
+		seen := make(map[string]bool, len(heard))
+		for _, k := range heard {
+			seen[k.Name] = true
+		}
 		add := func(name []byte) error {
 			if seen[string(name)] {
 				return nil

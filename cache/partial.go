@@ -412,6 +412,7 @@ func (p *Partial) Commit(ctx context.Context, rec Record, manifest, signature []
 		// The image is held all the same, and the next start removes it.
 		p.disk.log.Error("removing the note of an arrival", "digest", rec.Digest, "err", err)
 	}
+	p.disk.keepHeard(rec.Name)
 	p.disk.rewrite(displaced)
 	return nil
 }

@@ -140,23 +140,33 @@ func (d *Disk) evictImages(batch []victim) ([]Eviction, error) {
 //
 //	index transaction ─▶ remove blobs ─▶ fsync directories ─▶ remove sidecars ─▶ fsync directories
 //
+// What is known of names goes with their last images, and is remembered for a while.
+//
 // A crash in between leaves both files of an image, and it is there again, or the sidecar, which the next start removes.
 func (d *Disk) removeImages(choose func(tx *bolt.Tx, drop func(h held, used time.Time) error) error, victims []victim) ([]Eviction, error) {
 	var evicted []Eviction
+	var names []Discovered
 	dropped := make(map[acproxy.Digest]held)
 	w := new(write)
 	for _, v := range victims {
 		w.effects = append(w.effects, effect{digest: v.digest})
 	}
 	w.change = func(tx *bolt.Tx) error {
-		evicted, w.loose = nil, 0
+		evicted, names, w.loose = nil, nil, 0
 		clear(dropped)
 		return choose(tx, func(h held, used time.Time) error {
 			evicted = append(evicted, h.eviction(used))
 			dropped[h.Digest] = h
 			// Until the files are gone, they count for themselves.
 			w.loose += h.bytes()
-			return dropImage(tx, h.Digest)
+			if err := dropImage(tx, h.Digest); err != nil {
+				return err
+			}
+			k, last, err := dropKnown(tx, h.Name)
+			if last {
+				names = append(names, k)
+			}
+			return err
 		})
 	}
 	err := d.commit(w)
@@ -185,7 +195,10 @@ func (d *Disk) removeImages(choose func(tx *bolt.Tx, drop func(h held, used time
 			d.leases.stays(v.digest)
 		}
 	}
-	err = d.removeFilesOf(dropped)
+	for _, k := range names {
+		d.heard.put(k)
+	}
+	err = errors.Join(d.removeFilesOf(dropped), d.removeNames(names))
 	// While the index is made, what files say counts as well.
 	d.memory.changes.Add(1)
 	return evicted, err

@@ -676,13 +676,18 @@ func TestDiscoveryOutageWithLearnedTemplates(t *testing.T) {
 	}
 }
 
+// TestDiscoverySurvivesARestart: that of a name of which an image is held.
 func TestDiscoverySurvivesARestart(t *testing.T) {
 	s := newScene(t)
-	s.publish(spec("1.0", 10))
+	image := s.publish(spec("1.0", 10))
 	first, err := s.f.Discover(t.Context(), "example.com/app")
 	if err != nil || first.Status != Miss || len(first.Templates) != 1 || len(first.Trace) == 0 {
 		t.Fatalf("Discover = %+v, %v", first, err)
 	}
+	if _, err := s.f.Discover(t.Context(), "example.com/app/other"); err != nil {
+		t.Fatal(err)
+	}
+	s.want(s.app("1.0"), image, Miss)
 	s.pub.Stop()
 	s.restart()
 	for _, test := range []struct {
@@ -695,7 +700,7 @@ func TestDiscoverySurvivesARestart(t *testing.T) {
 			t.Errorf("Discover = %+v, %v, want %v", again, err, test.want)
 		}
 	}
-	if !s.f.Knows("example.com/app") || s.f.Knows("example.com/other") {
+	if !s.f.Knows("example.com/app") || s.f.Knows("example.com/app/other") {
 		t.Error("Knows is wrong")
 	}
 	u, err := url.Parse("https://storage.example.com/example.com/app/1.0/linux/amd64/image.aci.asc")
