@@ -305,6 +305,9 @@ func (d *Disk) Learn(found Discovered) error {
 		if err != nil {
 			return err
 		}
+		if err := d.on((*index).mark); err != nil {
+			return err
+		}
 		if err := d.writeName(found.Name, file); err != nil {
 			return err
 		}

@@ -39,6 +39,13 @@ func beta() cachetest.Image {
 	return img
 }
 
+// gamma returns an image whose bytes were lost when operations begin.
+func gamma() cachetest.Image {
+	img := cachetest.NewImage("example.com/gamma", "1", 2500)
+	img.Record.Used = img.Record.Used.Add(time.Minute)
+	return img
+}
+
 // without returns an image without its ref for the latest.
 func without(img cachetest.Image) cachetest.Image {
 	img.Refs = img.Refs[:1]
@@ -56,6 +63,16 @@ func holds(images ...cachetest.Image) func(context.Context, *cache.Disk) error {
 	}
 }
 
+// lost reports, as nil, that refs of an image answer nothing.
+func lost(img cachetest.Image) func(context.Context, *cache.Disk) error {
+	return func(ctx context.Context, d *cache.Disk) error {
+		if r, _, err := d.Resolve(ctx, img.Refs[0].Ref); !errors.Is(err, acproxy.ErrNotFound) {
+			return fmt.Errorf("Resolve(%v) = %v, %w", img.Refs[0].Ref, r.Digest, err)
+		}
+		return nil
+	}
+}
+
 // lacks reports, as nil, that nothing of an image is served.
 func lacks(img cachetest.Image) func(context.Context, *cache.Disk) error {
 	return func(ctx context.Context, d *cache.Disk) error {
@@ -65,11 +82,7 @@ func lacks(img cachetest.Image) func(context.Context, *cache.Disk) error {
 			}
 			return fmt.Errorf("%s %s is held: %w", img.Record.Name, img.Record.Labels["version"], err)
 		}
-		r, _, err := d.Resolve(ctx, img.Refs[0].Ref)
-		if !errors.Is(err, acproxy.ErrNotFound) {
-			return fmt.Errorf("Resolve(%v) = %v, %w", img.Refs[0].Ref, r.Digest, err)
-		}
-		return nil
+		return lost(img)(ctx, d)
 	}
 }
 
@@ -113,6 +126,16 @@ func operations() []operation {
 			both(holds(one, other), lacks(two)), holds(without(one), two, other), false,
 		},
 		{
+			"committing an image that was lost",
+			func(ctx context.Context, d *cache.Disk) error { return cachetest.Commit(ctx, d, gamma()) },
+			both(holds(one, other), lost(gamma())), holds(one, other, gamma()), false,
+		},
+		{
+			"deleting an image that was lost",
+			func(ctx context.Context, d *cache.Disk) error { return d.Delete(ctx, gamma().Record.Digest) },
+			holds(one, other), both(holds(one, other), lacks(gamma())), false,
+		},
+		{
 			"committing the same bytes again",
 			func(ctx context.Context, d *cache.Disk) error { return cachetest.Commit(ctx, d, again) },
 			holds(one, other), holds(merged, other), false,
@@ -147,18 +170,21 @@ func operations() []operation {
 		{
 			"evicting an image",
 			func(ctx context.Context, d *cache.Disk) error {
-				// It is the older one; once it is gone, nothing more is asked for.
-				if _, err := d.Record(one.Record.Digest); errors.Is(err, acproxy.ErrNotFound) {
-					return nil
-				}
 				for {
+					// It is the oldest one; once it is gone, nothing more is asked for.
+					if _, err := d.Record(one.Record.Digest); errors.Is(err, acproxy.ErrNotFound) {
+						return nil
+					}
 					u, err := d.Usage()
 					if err != nil {
 						return err
 					}
 					freed, err := d.Evict(ctx, u.Total()-1)
-					if err != nil || len(freed.Evicted) > 0 {
+					if err != nil {
 						return err
+					}
+					if len(freed.Evicted) > 0 {
+						continue
 					}
 					now, err := d.Usage()
 					if err != nil {
@@ -241,10 +267,20 @@ func TestNothingIsLostAtAnyCall(t *testing.T) {
 // fillBase has a store hold what operations begin with. The name of beta is known, and what is known of it goes with it.
 func fillBase(t *testing.T, d *cache.Disk) {
 	t.Helper()
-	for _, img := range []cachetest.Image{alpha("1"), beta()} {
+	for _, img := range []cachetest.Image{alpha("1"), beta(), gamma()} {
 		if err := cachetest.Commit(t.Context(), d, img); err != nil {
 			t.Fatal(err)
 		}
+	}
+	blob, err := d.OpenBlob(gamma().Record.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(blob.Close(), os.Remove(blob.Name())); err != nil {
+		t.Fatal(err)
+	}
+	if err := lacks(gamma())(t.Context(), d); err != nil {
+		t.Fatal(err)
 	}
 	of := known
 	of.Name = beta().Record.Name
@@ -334,10 +370,12 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 		crashes = []crash{
 			{durabletest.Nothing(), nil}, {durabletest.Nothing(), indexBefore}, {durabletest.Everything(), nil}, {durabletest.Everything(), indexBefore},
 			{durabletest.Some(uint64(at)), nil}, {durabletest.Some(uint64(at) + 100), indexBefore},
+			{durabletest.Nothing(), indexAfter}, {durabletest.Everything(), indexAfter}, {durabletest.Some(uint64(at) + 200), indexAfter},
 		}
 	}
 	if testtools.Brief() {
-		crashes = crashes[:1]
+		// Another one for each call.
+		crashes = crashes[at%len(crashes):][:1]
 	}
 	for _, c := range crashes {
 		after := filepath.Join(t.TempDir(), "after")
@@ -360,6 +398,7 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 		if err := verdict(again); err != nil {
 			t.Errorf("%s: %v, %s: %v", what, c.survival, state, err)
 		}
+		booked(t, again, after, what)
 		// And it works on.
 		if err := op.do(ctx, again); err != nil {
 			t.Errorf("%s: %v, %s: doing it again: %v", what, c.survival, state, err)
@@ -394,6 +433,7 @@ func TestWhatFailedIsMendedByTheNextStart(t *testing.T) {
 					if err := again.Ready(t.Context()); err != nil {
 						t.Fatal(err)
 					}
+					booked(t, again, dir, what)
 					closeStore(t, again)
 					tidy(t, dir, false, op.aside, what)
 					_, found, _ := check(t, dir, false)
@@ -490,6 +530,27 @@ func TestTheFirstCommitAfterAStart(t *testing.T) {
 		for _, f := range found.all {
 			t.Errorf("power cut after %s: fsck finds %s in %s: %s", what, f.Code, f.Path, f.Detail)
 		}
+	}
+}
+
+// booked fails the test unless a store counts just the blobs and sidecars that there are.
+func booked(t *testing.T, d *cache.Disk, dir, what string) {
+	t.Helper()
+	if err := d.Counted(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	u, err := d.Usage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var files int64
+	for _, shard := range names(t, dir, "blobs") {
+		for _, name := range names(t, dir, "blobs", shard) {
+			files += diskUsage(t, filepath.Join(dir, "blobs", shard, name))
+		}
+	}
+	if got := u.Blobs + u.Sidecars; got != files {
+		t.Errorf("%s: counted are %d bytes of blobs and sidecars, and there are %d: %+v", what, got, files, u)
 	}
 }
 

@@ -646,6 +646,16 @@ func (c *checker) image(ctx context.Context, digest acproxy.Digest, f found) err
 		}
 	}
 	if known != nil {
+		if known.Record.lost() && f.blob {
+			nf := d.finding(known.Record, CodeFound, d.blobPath(digest), "the image is marked as lost, and there are bytes of it")
+			nf.Repair, nf.Note = regained, c.unclean
+			c.sum.Known++
+			c.found(nf, func(d *Disk) error {
+				_, err := d.regainIfThere(digest)
+				return err
+			})
+			return nil
+		}
 		return c.known(ctx, known)
 	}
 	beside, err := d.readSidecar(digest)

@@ -379,6 +379,9 @@ func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
 // of its digest.
 func (d *Disk) loseLocked(img *image, code, why string) error {
 	digest := img.Record.Digest
+	if err := d.on((*index).mark); err != nil {
+		return err
+	}
 	aside := int64(0)
 	d.measuring.RLock()
 	defer d.measuring.RUnlock()

@@ -456,7 +456,7 @@ func (p *Partial) settle(ctx context.Context, rec Record, manifest, signature []
 		case err == nil:
 			return displaced, nil
 		case !again && p.disk.relief(ctx, err, blocks(img.sidecar)):
-		case before == nil:
+		case before == nil || before.Record.lost():
 			return nil, errors.Join(err, p.undo(rec.Digest))
 		default:
 			return nil, err
@@ -580,18 +580,22 @@ func (img *image) merge(before *image) {
 	}
 }
 
-// undo removes what land has left of an image that isn't held after all. If the index names it nevertheless (its transaction failed and yet was
-// done) it is left.
+// undo removes what land has left of an image that isn't held after all, of one that is marked as lost its bytes. If the index names it nevertheless (its transaction
+// failed and yet was done) it is left.
 func (p *Partial) undo(digest acproxy.Digest) error {
 	d := p.disk
 	defer d.locks.lock(digest)()
+	var before held
 	named := false
 	err := d.view(func(tx *bolt.Tx) (err error) {
-		_, named, err = getRecord(tx, digest)
+		before, named, err = getRecord(tx, digest)
 		return err
 	})
-	if err != nil || named {
+	switch {
+	case err != nil || named && !before.lost():
 		return err
+	case named:
+		return errors.Join(d.removeIfThere(d.blobPath(digest)), d.fsys.SyncDir(filepath.Dir(d.blobPath(digest))))
 	}
 	return d.removeFiles(digest)
 }

@@ -32,6 +32,7 @@ const (
 	CodeSidecarUnreadable = "sidecar-unreadable" // the sidecar is damaged
 	CodeSidecarDiffers    = "sidecar-differs"    // the sidecar says something else than the index
 	CodeImageIDDiffers    = "image-id-differs"   // the bytes are right, and have another image ID than was noted
+	CodeFound             = "blob-found"         // bytes of an image that is marked as lost
 	CodeUnstable          = "blob-unstable"      // the bytes were read twice, and were wrong once
 )
 
@@ -383,6 +384,12 @@ func (s *scrubber) image(ctx context.Context, digest acproxy.Digest) error {
 	if err != nil {
 		return err
 	}
+	if rec.lost() {
+		// Before its sidecar is looked at, which may know more than the index.
+		if rec, err = s.regain(rec); err != nil {
+			return err
+		}
+	}
 	if err := s.sidecar(digest); err != nil {
 		return err
 	}
@@ -401,6 +408,25 @@ func (s *scrubber) image(ctx context.Context, digest acproxy.Digest) error {
 	}
 	return nil
 }
+
+// regain looks at bytes that are there of an image that is marked as lost. It returns what is known of the image then.
+func (s *scrubber) regain(rec Record) (Record, error) {
+	there, err := s.d.regainIfThere(rec.Digest)
+	if !there || err != nil {
+		return rec, err
+	}
+	f := s.d.finding(rec, CodeFound, s.d.blobPath(rec.Digest), "the image is marked as lost, and there are bytes of it")
+	f.Repair, f.Repaired = regained, true
+	s.report(f)
+	now, err := s.d.record(rec.Digest)
+	if errors.Is(err, acproxy.ErrNotFound) {
+		return rec, nil
+	}
+	return now, err
+}
+
+// regained says what is done about bytes of an image that is marked as lost.
+const regained = "if they are its bytes, the image is whole again; else they are moved to the quarantine directory"
 
 // finding returns a finding about an image.
 func (d *Disk) finding(rec Record, code, path, detail string) Finding {

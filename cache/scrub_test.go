@@ -742,3 +742,64 @@ func sealedRow(bucket string, key []byte, value ...byte) []byte {
 	sum := crc32.Update(0, crc32.MakeTable(crc32.Castagnoli), slices.Concat([]byte(bucket), key, value))
 	return append(binary.NativeEndian.AppendUint32(nil, sum), value...)
 }
+
+// TestBytesOfALostImageThatAreThere: bytes that somebody brings back are an image again, if they are its own.
+func TestBytesOfALostImageThatAreThere(t *testing.T) {
+	repairs := map[string]func(t *testing.T, dir string){
+		"fsck": func(t *testing.T, dir string) {
+			if got, found, _ := check(t, dir, true); got.Problems != 1 || got.Repaired != 1 || found.all[0].Code != cache.CodeFound {
+				t.Errorf("Check = %+v, found %+v", got, found.all)
+			}
+		},
+		"scrub": func(t *testing.T, dir string) {
+			d := open(t, dir, cache.Options{Idle: true})
+			defer closeStore(t, d)
+			var f found
+			if got, err := d.Scrub(t.Context(), cache.ScrubOptions{Found: f.note}); err != nil || got.Problems != 1 || f.all[0].Code != cache.CodeFound {
+				t.Errorf("Scrub = %+v, %v, found %+v", got, err, f.all)
+			}
+		},
+	}
+	img := cachetest.NewImage("example.com/app", "1", 3000)
+	wrong := slices.Clone(img.Blob)
+	wrong[7] ^= 1
+	for name, repair := range repairs {
+		for _, tt := range []struct {
+			name  string
+			bytes []byte
+			whole bool
+		}{{"its own", img.Blob, true}, {"others", wrong, false}, {"too few", img.Blob[:9], false}} {
+			t.Run(name+", "+tt.name, func(t *testing.T) {
+				dir := t.TempDir()
+				d := open(t, dir, cache.Options{})
+				if err := cachetest.Commit(t.Context(), d, img); err != nil {
+					t.Fatal(err)
+				}
+				path := blobPath(dir, img)
+				if err := os.Remove(path); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+					t.Fatalf("OpenBlob = %v", err)
+				}
+				closeStore(t, d)
+				write(t, path, tt.bytes)
+				repair(t, dir)
+				d = open(t, dir, cache.Options{})
+				if err := d.Ready(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				if rec, err := d.Record(img.Record.Digest); err != nil || rec.Lost() == tt.whole {
+					t.Errorf("Record = %+v, %v", rec, err)
+				}
+				if err := cachetest.Check(t.Context(), d, img); (err == nil) != tt.whole {
+					t.Errorf("holding it: %v", err)
+				}
+				if aside := len(names(t, dir, "quarantine")) > 0; aside == tt.whole {
+					t.Errorf("something was set aside: %t", aside)
+				}
+				booked(t, d, dir, tt.name)
+			})
+		}
+	}
+}

@@ -35,6 +35,7 @@ const maxAdopted = 512
 //	yes          │ yes     │ yes  │ nothing to do
 //	yes          │ no      │      │ the sidecar is written again
 //	yes          │         │ no   │ the image is quarantined as missing, so that it is fetched again
+//	yes, as lost │         │ yes  │ if they are the image's bytes, it is whole again; else they are moved to the quarantine directory
 //	no           │ yes     │ yes  │ adopted: everything about it was durable before its blob got its name
 //	no           │ yes     │ no   │ with trust the sidecar is removed; without, it is moved to the quarantine directory
 //	no           │ no      │ yes  │ no crash leaves this: the blob is moved to the quarantine directory
@@ -90,6 +91,19 @@ func (d *Disk) sweepShard(ctx context.Context, ix *index, name string, trust boo
 		}
 		indexed[digest] = true
 		return err
+	})
+	if err != nil {
+		return err
+	}
+	// Those that are marked as lost, and have bytes all the same.
+	err = ix.view(func(tx *bolt.Tx) error {
+		return scan(tx, bucketQuarantined, prefix, nil, func(key, _ []byte) error {
+			digest, err := digestIn(key)
+			if f := files[digest]; err == nil && f.blob && f.sidecar {
+				odd = append(odd, digest)
+			}
+			return err
+		})
 	})
 	if err != nil {
 		return err
@@ -266,6 +280,8 @@ func (d *Disk) reconcile(ix *index, digest acproxy.Digest, trust bool) error {
 		return err
 	}
 	switch {
+	case known != nil && known.Record.lost() && blob:
+		return d.regain(ix, known, beside)
 	case known != nil:
 		if !blob {
 			lose(&known.Record, CodeMissing)
@@ -293,6 +309,39 @@ func (d *Disk) reconcile(ix *index, digest acproxy.Digest, trust bool) error {
 		return d.setAside(d.blobPath(digest), "it has no sidecar that can be read, so that nothing is known of it")
 	}
 	return nil
+}
+
+// regain looks at bytes that are there of an image that is marked as lost: a commit that was interrupted has brought them back, or somebody has. Its sidecar may say so
+// already. The caller holds the lock of the image.
+func (d *Disk) regain(ix *index, known, beside *image) error {
+	digest := known.Record.Digest
+	v, err := d.examine(d.ctx, known.Record, new(pacer), func(int) error { return nil })
+	switch {
+	case err != nil && !errors.Is(err, errGone):
+		return err
+	case err != nil, v.code == CodeMissing, v.code == CodeUnstable:
+		return nil
+	case v.code != "":
+		return d.setAside(d.blobPath(digest), "the image is marked as lost, and these are not its bytes: "+v.detail)
+	}
+	img := known
+	if beside != nil && !beside.Record.lost() {
+		img = beside
+	} else {
+		img.Record.State, img.Record.Code, img.Record.Reason = OK, "", ""
+	}
+	d.log.Warn("the bytes of an image that was lost are there again", "digest", digest, "name", img.Record.Name)
+	d.raise(img.Refs)
+	_, err = d.save(ix, img)
+	return err
+}
+
+// regainIfThere is regain for an image of which there may be bytes.
+func (d *Disk) regainIfThere(digest acproxy.Digest) (there bool, err error) {
+	if _, err := os.Lstat(d.blobPath(digest)); err != nil {
+		return false, nil //nolint:nilerr // what can't be looked at is lost
+	}
+	return true, d.on(func(ix *index) error { return d.reconcile(ix, digest, true) })
 }
 
 // lose marks an image as one whose bytes are gone.
