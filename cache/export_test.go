@@ -48,6 +48,9 @@ func (d *Disk) Unmark() error {
 	return nil
 }
 
+// ReadyAtOnce is Ready; the first failure ends it.
+func (d *Disk) ReadyAtOnce(ctx context.Context) error { return d.ready(ctx, false) }
+
 // Counted waits until the store knows how much it takes.
 func (d *Disk) Counted(ctx context.Context) error {
 	d.space.mu.Lock()

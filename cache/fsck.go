@@ -659,7 +659,7 @@ func (c *checker) image(ctx context.Context, digest acproxy.Digest, f found) err
 		return c.known(ctx, known)
 	}
 	beside, err := d.readSidecar(digest)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && !unreadable(err) && !beyondHope(err) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !unreadable(err) {
 		return err
 	}
 	sidecarPath, blobPath := d.sidecarPath(digest), d.blobPath(digest)

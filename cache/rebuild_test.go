@@ -6,9 +6,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -224,15 +228,19 @@ func TestNobodyWaitsForAnIndexThatCantBeMade(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
 		t.Fatal(err)
 	}
-	loop := filepath.Join(dir, "names", "loop.json")
-	if err := os.Symlink(loop, loop); err != nil {
-		t.Fatal(err)
+	// A directory of blobs that can't be listed.
+	next := cachetest.NewImage("example.com/next", "1", 10)
+	loop := ""
+	for i := 0; loop == ""; i++ {
+		name := filepath.Join(dir, "blobs", fmt.Sprintf("%02x", i))
+		if name != filepath.Dir(blobPath(dir, next)) && os.Symlink(name, name) == nil {
+			loop = name
+		}
 	}
 	d = open(t, dir, opts)
 	if _, _, err := d.Resolve(t.Context(), cachetest.MustRef("example.com/never:1")); !errors.Is(err, syscall.ELOOP) {
 		t.Errorf("Resolve of what isn't held = %v, want what keeps the index from being made", err)
 	}
-	next := cachetest.NewImage("example.com/next", "1", 10)
 	if err := cachetest.Commit(t.Context(), d, next); !errors.Is(err, syscall.ELOOP) {
 		t.Errorf("Commit = %v, want what keeps the index from being made", err)
 	}
@@ -254,4 +262,95 @@ func TestNobodyWaitsForAnIndexThatCantBeMade(t *testing.T) {
 		t.Errorf("it is made, and yet: %v", err)
 	}
 	checkAll(t, d, append(images, next))
+}
+
+// TestFilesThatCantBeReadAreSetAside has a sidecar, or what is known of a name, be something that can't be opened or read. What the index can say becomes complete
+// without it all the same, and what can't be read is kept.
+func TestFilesThatCantBeReadAreSetAside(t *testing.T) {
+	base, images := t.TempDir(), library()[:6]
+	d := open(t, base, cache.Options{})
+	fill(t, d, images)
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	killed := filepath.Join(t.TempDir(), "killed")
+	copyStore(t, base, killed)
+	sidecar, err := filepath.Rel(base, sidecarPath(base, images[2]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join("names", names(t, base, "names")[0])
+	for _, spoil := range []struct {
+		name    string
+		do      func(t *testing.T, path string) error
+		nothing bool // it counts as not being there
+	}{
+		{"a loop of links", func(_ *testing.T, path string) error { return errors.Join(os.Remove(path), os.Symlink(path, path)) }, false},
+		{"a link to nothing", func(_ *testing.T, path string) error {
+			return errors.Join(os.Remove(path), os.Symlink(path+".gone", path))
+		}, true},
+		{"a link beyond a file", func(_ *testing.T, path string) error {
+			return errors.Join(os.Remove(path), os.Symlink("/dev/null/x", path))
+		}, false},
+		{"a file that is longer than any", func(t *testing.T, path string) error {
+			lengthen(t, path)
+			return nil
+		}, false},
+		{"a socket", func(t *testing.T, path string) error {
+			// Its name may be too long for an address.
+			t.Chdir(filepath.Dir(path))
+			l, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", "socket")
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { l.Close() })
+			return os.Rename("socket", path)
+		}, false},
+		{"a file that nobody may read", func(t *testing.T, path string) error {
+			if os.Geteuid() == 0 {
+				t.Skip("root may read all")
+			}
+			return os.Chmod(path, 0)
+		}, false},
+	} {
+		for _, of := range []struct {
+			name, file string
+			lost       bool // the index is, too
+		}{{"a sidecar, without the index", sidecar, true}, {"a name, without the index", name, true}, {"a name, with the index", name, false}} {
+			t.Run(spoil.name+" in the place of "+of.name, func(t *testing.T) {
+				dir := filepath.Join(t.TempDir(), "store")
+				copyStore(t, killed, dir)
+				if of.lost {
+					remove(t, filepath.Join(dir, "index.db"))
+				}
+				if err := spoil.do(t, filepath.Join(dir, of.file)); err != nil {
+					t.Fatal(err)
+				}
+				d := open(t, dir, cache.Options{Quota: cache.Quota{MaxSize: 1 << 30}})
+				if err := d.ReadyAtOnce(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				aside := func(name string) bool { return strings.HasPrefix(name, filepath.Base(of.file)+"-") }
+				if left := names(t, dir, "quarantine"); slices.ContainsFunc(left, aside) == spoil.nothing {
+					t.Errorf("the quarantine directory holds %v", left)
+				}
+				want := images
+				if of.file == sidecar {
+					want = slices.Delete(slices.Clone(images), 2, 3)
+					if _, err := d.Record(images[2].Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+						t.Errorf("Record = %v, want ErrNotFound", err)
+					}
+				}
+				for _, img := range want {
+					if err := cachetest.Check(t.Context(), d, img); err != nil {
+						t.Error(err)
+					}
+				}
+				// And what is to come has its place.
+				if err := cachetest.Commit(t.Context(), d, cachetest.NewImage("example.com/next", "1", 10)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
 }

@@ -467,7 +467,7 @@ func (d *Disk) sidecarFinding(img *image) (f Finding, ok bool, err error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return d.finding(img.Record, CodeSidecarMissing, path, "it is not there"), false, nil
-	case unreadable(err), beyondHope(err):
+	case unreadable(err):
 		return d.finding(img.Record, CodeSidecarUnreadable, path, err.Error()), false, nil
 	case err != nil:
 		return f, false, err
@@ -610,7 +610,9 @@ func (d *Disk) examine(ctx context.Context, rec Record, pace *pacer, read func(n
 
 // beyondHope reports whether an error of opening or reading a file is about the file, so that it won't go away by itself.
 func beyondHope(err error) bool {
-	for _, hopeless := range []error{syscall.EIO, syscall.EBADMSG, syscall.EACCES, syscall.EPERM, syscall.EISDIR, syscall.ENOTDIR, syscall.ELOOP} {
+	for _, hopeless := range []error{
+		errTooLong, syscall.EIO, syscall.EBADMSG, errUnclean, syscall.EACCES, syscall.EPERM, syscall.EISDIR, syscall.ENOTDIR, syscall.ELOOP, syscall.ENXIO,
+	} {
 		if errors.Is(err, hopeless) {
 			return true
 		}

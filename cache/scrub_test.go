@@ -59,6 +59,14 @@ func directory(t testing.TB, path string) {
 	write(t, filepath.Join(path, "inside"), []byte("x"))
 }
 
+// lengthen makes a file longer than what is read of any of its kind.
+func lengthen(t testing.TB, path string) {
+	t.Helper()
+	if err := os.Truncate(path, 64<<20+1); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // damages are what may happen to the files of one image.
 var damages = []struct {
 	name  string
@@ -81,6 +89,7 @@ var damages = []struct {
 	}, cache.CodeSidecarUnreadable, "", false},
 	{"a sidecar that is gone", func(t testing.TB, dir string, img cachetest.Image) { remove(t, sidecarPath(dir, img)) }, cache.CodeSidecarMissing, "", false},
 	{"a directory in the place of a sidecar", func(t testing.TB, dir string, img cachetest.Image) { directory(t, sidecarPath(dir, img)) }, cache.CodeSidecarUnreadable, "", false},
+	{"a sidecar that is longer than any", func(t testing.TB, dir string, img cachetest.Image) { lengthen(t, sidecarPath(dir, img)) }, cache.CodeSidecarUnreadable, "", false},
 	{"a sidecar of before", func(t testing.TB, dir string, img cachetest.Image) {
 		write(t, sidecarPath(dir, img), read(t, filepath.Join(dir, "..", "before.json")))
 	}, cache.CodeSidecarDiffers, "", true},
@@ -556,6 +565,10 @@ func TestCheckFindsAndRepairs(t *testing.T) {
 		damage{name: "no index, and a flipped bit in a sidecar", spoil: func(t testing.TB, dir string, img cachetest.Image) {
 			remove(t, index(dir))
 			flip(t, sidecarPath(dir, img))
+		}, problems: cache.CodeIndexMissing + " " + cache.CodeOrphan + " " + cache.CodeSidecarUnreadable, gone: true, after: cache.CodeSetAside + " " + cache.CodeSetAside},
+		damage{name: "no index, and a sidecar that is longer than any", spoil: func(t testing.TB, dir string, img cachetest.Image) {
+			remove(t, index(dir))
+			lengthen(t, sidecarPath(dir, img))
 		}, problems: cache.CodeIndexMissing + " " + cache.CodeOrphan + " " + cache.CodeSidecarUnreadable, gone: true, after: cache.CodeSetAside + " " + cache.CodeSetAside},
 	)
 	for _, tt := range all {

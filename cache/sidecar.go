@@ -2,6 +2,7 @@ package cache
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -128,6 +129,30 @@ func parseSidecar(file []byte, digest acproxy.Digest) (*image, error) {
 	return &img, nil
 }
 
+// errUnreadable is matched by errors about a file of the store that trying again won't help against.
+var errUnreadable = errors.New("can't be read")
+
+func unreadable(err error) bool { return errors.Is(err, errUnreadable) }
+
+// readSealed reads a file that seal made and has it parsed. The error, which begins with what the file is, matches errUnreadable if trying again won't help: it
+// is about the content, or about a file that can't be opened or read any more.
+func readSealed(what, path string, parse func(file []byte) error) error {
+	file, err := readSmall(path, maxSidecar)
+	switch {
+	case err == nil:
+		err = parse(file)
+	case !beyondHope(err):
+		return err
+	}
+	if err != nil {
+		err = fmt.Errorf("%s %w: %w", what, errUnreadable, err)
+	}
+	return err
+}
+
+// errTooLong is matched by the error about a file that is longer than any of its kind.
+var errTooLong = errors.New("it is too long")
+
 // readSmall reads a file of at most limit bytes.
 func readSmall(name string, limit int64) ([]byte, error) {
 	f, err := os.Open(name)
@@ -142,7 +167,7 @@ func readSmall(name string, limit int64) ([]byte, error) {
 		b = b[:len(b)+n]
 		switch {
 		case int64(len(b)) > limit:
-			return nil, fmt.Errorf("%s is longer than %d bytes", name, limit)
+			return nil, fmt.Errorf("%w: %s has more than %d bytes", errTooLong, name, limit)
 		case err == io.EOF:
 			return b, nil
 		case err != nil:

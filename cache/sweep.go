@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -234,25 +233,13 @@ func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acp
 	return left, displaced, err
 }
 
-// errUnreadable is matched by errors about the content of a sidecar, and by those of a disk that can't read it any more.
-var errUnreadable = errors.New("can't be read")
-
-func unreadable(err error) bool { return errors.Is(err, errUnreadable) }
-
 // readSidecar reads a sidecar. The error matches errUnreadable if trying again won't help.
-func (d *Disk) readSidecar(digest acproxy.Digest) (*image, error) {
-	file, err := readSmall(d.sidecarPath(digest), maxSidecar)
-	if err == nil {
-		var img *image
-		if img, err = parseSidecar(file, digest); err == nil {
-			return img, nil
-		}
-		return nil, fmt.Errorf("the sidecar of %v %w: %w", digest, errUnreadable, err)
-	}
-	if errors.Is(err, syscall.EIO) || errors.Is(err, syscall.EISDIR) {
-		err = fmt.Errorf("the sidecar of %v %w: %w", digest, errUnreadable, err)
-	}
-	return nil, err
+func (d *Disk) readSidecar(digest acproxy.Digest) (img *image, err error) {
+	err = readSealed("the sidecar of "+digest.String(), d.sidecarPath(digest), func(file []byte) error {
+		img, err = parseSidecar(file, digest)
+		return err
+	})
+	return img, err
 }
 
 // reconcile makes the index and the files agree about one image, as sweep says.
@@ -407,7 +394,7 @@ func (d *Disk) sweepNames(ix *index) error {
 		var known []Discovered
 		for _, entry := range together {
 			k, ok, err := d.readName(d.path(nameDir, entry.Name()))
-			if err != nil {
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 			if ok {
@@ -439,7 +426,7 @@ func (d *Disk) readName(path string) (k Discovered, ok bool, err error) {
 	switch {
 	case err == nil:
 		return k, true, nil
-	case errors.Is(err, errUnreadable):
+	case unreadable(err):
 		return k, false, d.setAside(path, err.Error())
 	}
 	return k, false, err
@@ -447,17 +434,14 @@ func (d *Disk) readName(path string) (k Discovered, ok bool, err error) {
 
 // parseName reads what is kept of discovery about one name. The error matches errUnreadable if trying again won't help.
 func (d *Disk) parseName(path string) (k Discovered, err error) {
-	b, err := readSmall(path, maxSidecar)
-	switch {
-	case err == nil:
-		if err = unseal(b, &k); err == nil && d.namePath(k.Name) != path {
-			err = fmt.Errorf("it is about %q", k.Name)
+	err = readSealed("it", path, func(file []byte) error {
+		if err := unseal(file, &k); err != nil {
+			return err
 		}
-	case !errors.Is(err, syscall.EIO) && !errors.Is(err, syscall.EISDIR):
-		return k, err
-	}
-	if err != nil {
-		err = fmt.Errorf("it %w: %w", errUnreadable, err)
-	}
+		if d.namePath(k.Name) != path {
+			return fmt.Errorf("it is about %q", k.Name)
+		}
+		return nil
+	})
 	return k, err
 }
