@@ -11,6 +11,12 @@ import (
 // Schema is the version of the index.
 const Schema = schema
 
+// ReadIndexes reads the indexes that there are as a start does: the shape of the one in use, all of it, and the one of an older version, which it removes.
+func (d *Disk) ReadIndexes(ctx context.Context) []error {
+	ix := d.index()
+	return []error{ix.check(ctx), ix.verify(ctx), d.carryOver(ix)}
+}
+
 // SetSchema makes an index one of another version.
 func SetSchema(path string, version int) error {
 	db, err := bolt.Open(path, filePerm, nil)

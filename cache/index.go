@@ -130,7 +130,7 @@ func openIndex(path string, memory *memory, space *space, maxMapped int64) (*ind
 	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrVersionMismatch), errors.Is(err, bolterrors.ErrChecksum):
 		return nil, broken("%v", err)
 	case err != nil:
-		return nil, fmt.Errorf("opening %s: %w", path, err)
+		return nil, fmt.Errorf("opening %s: %w", path, brokenBy(err))
 	}
 	x.db.AllocSize = growBy
 	// Ends with close, which waits for it.
@@ -167,7 +167,8 @@ func readIndex(ctx context.Context, path string) (*index, error) {
 }
 
 // checkHead looks at what bbolt relies on when it opens a file, and returns the file's size.
-func checkHead(path string) (int64, error) {
+func checkHead(path string) (size int64, err error) {
+	defer func() { err = brokenBy(err) }()
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
@@ -207,9 +208,13 @@ func createIndex(fsys durable.FS, temp, path string) error {
 	return fsys.SyncDir(filepath.Dir(path))
 }
 
-// check finds out whether anything in the shape of the index could bring the process down. Whatever keeps it from finding out counts as that.
+// check finds out whether anything in the shape of the index could bring the process down. Whatever keeps it from finding out counts as that, unless it says
+// nothing of the index.
 func (x *index) check(ctx context.Context) error {
 	f, err := os.Open(x.path)
+	if tooManyOpen(err) {
+		return err
+	}
 	if err != nil {
 		return broken("%v", err)
 	}
@@ -240,8 +245,12 @@ func (x *index) release() error {
 	return nil
 }
 
-// verify reads the whole index, beside its use, and returns an error matching errPages if any row of it is not as it was written.
-func (x *index) verify(ctx context.Context) error {
+// verify reads the whole index, beside its use, and returns an error matching errPages if any row of it is not as it was written, or can't be read.
+func (x *index) verify(ctx context.Context) (err error) {
+	if !x.db.IsReadOnly() {
+		// On a read-only file system no other can be made, and what can be read of this one is served.
+		defer func() { err = brokenBy(err) }()
+	}
 	f, err := os.Open(x.path)
 	if err != nil {
 		return err

@@ -53,6 +53,9 @@ func (d *Disk) carryOver(ix *index) error {
 		return nil
 	}
 	lost, err := d.carryFrom(path, ix)
+	if err == nil && tooManyOpen(lost) {
+		err = lost
+	}
 	if err != nil {
 		return err
 	}

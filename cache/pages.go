@@ -51,6 +51,15 @@ func broken(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", errPages, fmt.Sprintf(format, args...))
 }
 
+// brokenBy makes an error of opening or reading the file one that matches errPages, if it won't go away by itself: a disk that can't read the index any more is
+// no better than one that has lost it.
+func brokenBy(err error) error {
+	if beyondHope(err) {
+		return broken("%v", err)
+	}
+	return err
+}
+
 // meta is the head of a tree of pages.
 type meta struct {
 	pageSize  int64

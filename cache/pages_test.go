@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -14,6 +15,8 @@ import (
 	"testing"
 
 	bolt "go.etcd.io/bbolt"
+
+	"github.com/acproxy/acproxy/internal/durable"
 )
 
 // boltFile returns the content of a bbolt file with some buckets and rows, made in several transactions, some of which delete.
@@ -180,6 +183,71 @@ func TestWalkRefusesWhatWouldBringBboltDown(t *testing.T) {
 				t.Errorf("walk = %v, want an error matching errPages", err)
 			}
 		})
+	}
+}
+
+// failingReader is a file that can't be read from some place on.
+type failingReader struct {
+	io.ReaderAt
+	from int64
+	err  error
+}
+
+func (r failingReader) ReadAt(b []byte, at int64) (int, error) {
+	if at >= r.from {
+		return 0, &os.PathError{Op: "read", Path: "index.db", Err: r.err}
+	}
+	return r.ReaderAt.ReadAt(b, at)
+}
+
+// TestWhatCantBeReadIsBroken tells errors of the disk from those that another time may not come again.
+func TestWhatCantBeReadIsBroken(t *testing.T) {
+	file, _ := boltFile(t, 20, 2000, 1)
+	newer, _, err := readMetas(bytes.NewReader(file), int64(len(file)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		err    error
+		broken bool
+	}{{syscall.EIO, true}, {syscall.EISDIR, true}, {errUnclean, true}, {syscall.ENOMEM, false}, {context.Canceled, false}} {
+		_, _, meta := readMetas(failingReader{bytes.NewReader(file), 0, tt.err}, int64(len(file)))
+		page := newPages(failingReader{bytes.NewReader(file), 3 * 4096, tt.err}, newer).walk(t.Context(), nil)
+		for _, err := range []error{meta, page} {
+			if !errors.Is(err, tt.err) || errors.Is(brokenBy(err), errPages) != tt.broken {
+				t.Errorf("%v became %v, and then %v, want it broken: %v", tt.err, err, brokenBy(err), tt.broken)
+			}
+		}
+	}
+}
+
+// TestIndexThatCantBeRead has the file be out of reach: that is broken where another can be made, and otherwise what is open of it is used on.
+func TestIndexThatCantBeRead(t *testing.T) {
+	dir := t.TempDir()
+	path, loop := filepath.Join(dir, indexFile), filepath.Join(dir, "loop")
+	if err := errors.Join(createIndex(durable.OS{}, filepath.Join(dir, "temp"), path), os.Symlink(loop, loop)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openIndex(loop, newMemory(), nil, 0); !errors.Is(err, errPages) {
+		t.Errorf("openIndex = %v, want that it is broken", err)
+	}
+	for _, readOnly := range []bool{false, true} {
+		x, err := openIndex(path, newMemory(), nil, 0)
+		if readOnly && err == nil {
+			if err = x.close(); err == nil {
+				x, err = readIndex(t.Context(), path)
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.path = loop
+		if err := x.verify(t.Context()); err == nil || errors.Is(err, errPages) == readOnly || x.dead.Load() {
+			t.Errorf("read-only: %v, verify = %v, dead: %v", readOnly, err, x.dead.Load())
+		}
+		if err := x.close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

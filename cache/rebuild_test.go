@@ -83,6 +83,20 @@ func TestServesWhileTheIndexIsMade(t *testing.T) {
 		{"it is empty", spoil(func([]byte) []byte { return nil })},
 		{"it is truncated", spoil(func(b []byte) []byte { return b[:5*4096] })},
 		{"a bit of its head is flipped", spoil(func(b []byte) []byte { b[4096+20] ^= 1; return b })},
+		{"a directory has its place", func(t *testing.T, path string) { directory(t, path) }},
+		{"a loop of links has its place", func(t *testing.T, path string) {
+			if err := errors.Join(os.Remove(path), os.Symlink(path, path)); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"nobody may read it", func(t *testing.T, path string) {
+			if os.Geteuid() == 0 {
+				t.Skip("root may read all")
+			}
+			if err := os.Chmod(path, 0); err != nil {
+				t.Fatal(err)
+			}
+		}},
 		{"it is of an older version", version(cache.Schema - 1)},
 		{"it is of a newer version", version(cache.Schema + 1)},
 	} {
@@ -352,5 +366,34 @@ func TestFilesThatCantBeReadAreSetAside(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestTooManyOpenFilesLeaveTheIndexAlone: that no file can be opened says nothing of the index.
+func TestTooManyOpenFilesLeaveTheIndexAlone(t *testing.T) {
+	dir := t.TempDir()
+	d := openQuiet(t, dir, cache.Options{})
+	older := filepath.Join(dir, "index.db.older")
+	write(t, older, read(t, filepath.Join(dir, "index.db")))
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	none := limit
+	none.Cur = 0
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	errs := d.ReadIndexes(t.Context())
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range errs {
+		if !errors.Is(err, syscall.EMFILE) {
+			t.Errorf("reading an index without files = %v, want that there are too many, and not that it is broken", err)
+		}
+	}
+	if _, err := os.Lstat(older); err != nil {
+		t.Errorf("the older index: %v", err)
 	}
 }

@@ -620,6 +620,11 @@ func beyondHope(err error) bool {
 	return false
 }
 
+// tooManyOpen reports whether an error of opening a file says nothing of the file: it can be had another time.
+func tooManyOpen(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
+
 // unstable says what is done about a blob that was read differently at different times.
 const unstable = "nothing is done about it: look after the disk and the memory"
 

@@ -51,7 +51,7 @@ func (d *Disk) Resume(ctx context.Context, key string) (*Partial, error) {
 	switch p.file, err = d.fsys.OpenFile(s.path); {
 	case err == nil:
 		return p, p.register()
-	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.EROFS):
+	case tooManyOpen(err), errors.Is(err, syscall.EROFS):
 		// That says nothing of the file. It can be had another time.
 		p.putBack(s)
 	default:
