@@ -1192,3 +1192,32 @@ func TestSyncBesideTheWriting(t *testing.T) {
 		}
 	}
 }
+
+// TestFailedSyncIsNotSuspended suspends an arrival whose sync beside the writing has failed. Whoever took it up again would not be told.
+func TestFailedSyncIsNotSuspended(t *testing.T) {
+	dir := t.TempDir()
+	d := openQuiet(t, dir, cache.Options{FS: syncFails{durable.OS{}}})
+	before, err := d.Usage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := d.Begin(t.Context(), cache.Arrival{Key: "a", Size: 40 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Write(make([]byte, 32<<20)); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Suspend(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("Suspend = %v, want the error of the sync", err)
+	}
+	if _, err := d.Resume(t.Context(), "a"); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("Resume = %v, want ErrNotFound", err)
+	}
+	if left := names(t, dir, "partial"); len(left) != 0 {
+		t.Errorf("left are %v", left)
+	}
+	if after, err := d.Usage(); err != nil || after.Partials != before.Partials || after.Promised != before.Promised {
+		t.Errorf("Usage = %+v, %v, and was %+v", after, err, before)
+	}
+}

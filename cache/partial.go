@@ -271,7 +271,7 @@ func (p *Partial) sync() error {
 
 // close closes the file.
 func (p *Partial) close() error {
-	// What it failed with is of interest to sync only.
+	// What it failed with is of interest to those only for whom the file has to be on the disk, now or later; they ask before.
 	_ = p.behind.wait()
 	return p.file.Close()
 }
@@ -337,8 +337,8 @@ func (p *Partial) Discard() error {
 	return p.drop()
 }
 
-// Suspend ends the writing and keeps what has arrived for [Disk.Resume]. An arrival without a key, or of which nothing has come, is discarded. After
-// Commit and Discard it does nothing.
+// Suspend ends the writing and keeps what has arrived for [Disk.Resume]. An arrival without a key, or of which nothing has come, is discarded, and so is one
+// that Suspend returns an error of: some of it may never come to the disk. After Commit and Discard it does nothing.
 func (p *Partial) Suspend() error {
 	if p.arrival.Key == "" || p.Size() == 0 || p.disk.keepPartials < 0 {
 		return p.Discard()
@@ -346,8 +346,9 @@ func (p *Partial) Suspend() error {
 	if p.end() != nil {
 		return nil
 	}
-	if err := p.close(); err != nil {
-		return errors.Join(err, p.drop())
+	// The system tells once what a sync failed with: whoever takes the file up again would commit bytes that may never have come to the disk.
+	if err := errors.Join(p.behind.wait(), p.close()); err != nil {
+		return errors.Join(noSpace(err), p.drop())
 	}
 	d := p.disk
 	left := suspended{path: p.temp, size: p.Size(), since: d.now(), arrival: p.arrival, lease: p.lease}
