@@ -411,6 +411,68 @@ func tryCall(t *testing.T, base string, op operation, at int, mode durabletest.M
 	}
 }
 
+// TestNothingIsLostAfterAKill kills the process at each call of an operation that brings something, or after that has failed, starts again, and cuts the power:
+// what the start has found and served, and what was done since, is there.
+func TestNothingIsLostAfterAKill(t *testing.T) {
+	base := t.TempDir()
+	d := open(t, base, cache.Options{})
+	for _, img := range []cachetest.Image{alpha("1"), beta()} {
+		if err := cachetest.Commit(t.Context(), d, img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	closeStore(t, d)
+	all := operations()
+	for _, op := range []operation{all[0], all[len(all)-1]} {
+		for at := 1; at <= len(callsOf(t, base, op)); at++ {
+			for _, mode := range []durabletest.Mode{durabletest.Fail, durabletest.PowerCut} {
+				t.Run(fmt.Sprintf("%s, call %d %v", op.name, at, mode), func(t *testing.T) {
+					t.Parallel()
+					d, fsys, dir := onCopy(t, base)
+					index := read(t, filepath.Join(dir, "index.db"))
+					fsys.Break(at, mode, nil)
+					_ = op.do(t.Context(), d) // who asked for it has ended, too
+					what := callAt(fsys, at)
+					killed := filepath.Join(t.TempDir(), "killed")
+					next, err := fsys.Kill(killed)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if mode == durabletest.Fail {
+						index = read(t, filepath.Join(dir, "index.db"))
+					}
+					write(t, filepath.Join(killed, "index.db"), index)
+					again := open(t, killed, cache.Options{FS: next, Quota: cache.Quota{Grace: -1}})
+					if err := again.Ready(t.Context()); err != nil {
+						t.Fatal(err)
+					}
+					if op.after(t.Context(), again) != nil {
+						what += ", done again"
+						if err := op.do(t.Context(), again); err != nil {
+							t.Fatal(err)
+						}
+					}
+					lost := filepath.Join(t.TempDir(), "lost")
+					if err := next.Crash(lost, durabletest.Nothing()); err != nil {
+						t.Fatal(err)
+					}
+					write(t, filepath.Join(lost, "index.db"), read(t, filepath.Join(killed, "index.db")))
+					last := open(t, lost, cache.Options{Quota: cache.Quota{Grace: -1}})
+					if err := last.Ready(t.Context()); err != nil {
+						t.Fatal(err)
+					}
+					if err := op.after(t.Context(), last); err != nil {
+						t.Errorf("%s: it was there, and is lost with the power: %v", what, err)
+					}
+					if left := names(t, lost, "names"); op.name == all[len(all)-1].name && len(left) != 1 {
+						t.Errorf("%s: the names are %v", what, left)
+					}
+				})
+			}
+		}
+	}
+}
+
 // TestWhatFailedIsMendedByTheNextStart makes each call on the file system that an operation makes fail, closes the store properly, and opens it again: the
 // failure has left nothing that a store can't be closed with.
 func TestWhatFailedIsMendedByTheNextStart(t *testing.T) {

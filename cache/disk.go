@@ -142,7 +142,7 @@ type Disk struct {
 	beingFlushed map[acproxy.Digest]time.Time
 	suspended    map[string]suspended // by the key of their arrival
 	spools       map[string]*Spool    // by path
-	shards       map[string]bool      // the directories of blobs that exist
+	shards       map[string]bool      // the directories of blobs that exist, and whether they survive a crash: who made one may have ended before he knew
 	pointed      int64                // the last number given to a Resolution
 }
 
@@ -225,7 +225,7 @@ func (d *Disk) open() error {
 		return err
 	}
 	for _, shard := range shards {
-		d.shards[shard.Name()] = true
+		d.shards[shard.Name()] = false
 	}
 	if !d.hasRefTable() {
 		d.memory.refChanges.Add(1)
@@ -270,13 +270,13 @@ func (d *Disk) blobPath(digest acproxy.Digest) string {
 	return d.path(blobDir, shard(digest), digest.Hex())
 }
 
-// makeShard makes the directory of a digest if there is none.
+// makeShard makes the directory of a digest if there is none, and one that survives a crash of what there is.
 func (d *Disk) makeShard(digest acproxy.Digest) error {
 	name := shard(digest)
 	d.mu.Lock()
-	exists := d.shards[name]
+	survives := d.shards[name]
 	d.mu.Unlock()
-	if exists {
+	if survives {
 		return nil
 	}
 	if err := d.fsys.MkdirAll(d.path(blobDir, name), dirPerm); err != nil {
@@ -287,6 +287,9 @@ func (d *Disk) makeShard(digest acproxy.Digest) error {
 	}
 	d.mu.Lock()
 	d.shards[name] = true
+	for found := range d.shards {
+		d.shards[found] = true
+	}
 	d.mu.Unlock()
 	d.measureDir(filepath.Join(blobDir, name))
 	return nil

@@ -176,8 +176,12 @@ func shardFile(shard, file string) (digest acproxy.Digest, isSidecar, ok bool) {
 	return digest, isSidecar, err == nil && digits[:2] == shard
 }
 
-// adopt takes images into the index whose blobs and sidecars are there. It returns those whose sidecars can't be read, and those whose sidecars
+// adopt takes images of one shard into the index whose blobs and sidecars are there. It returns those whose sidecars can't be read, and those whose sidecars
 // are no longer right about their refs; see rewrite.
+//
+//	fsync directory ─▶ index transaction (shared), fsync
+//
+// Who gave the files their names may have been killed before he had these synced, and the index names nothing that a loss of power may take.
 func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acproxy.Digest, err error) {
 	// Locked in order, and nobody else waits for a second lock while holding one.
 	unlock := make([]func(), len(digests))
@@ -199,6 +203,9 @@ func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acp
 		default:
 			return nil, nil, err
 		}
+	}
+	if err := d.fsys.SyncDir(filepath.Dir(d.blobPath(digests[0]))); err != nil {
+		return nil, nil, err
 	}
 	err = ix.update(func(tx *bolt.Tx) error {
 		displaced = nil
@@ -400,6 +407,10 @@ func (d *Disk) sweepNames(ix *index) error {
 			if ok {
 				known = append(known, k)
 			}
+		}
+		// As in adopt.
+		if err := d.fsys.SyncDir(d.path(nameDir)); err != nil {
+			return err
 		}
 		err := ix.update(func(tx *bolt.Tx) error {
 			for _, k := range known {

@@ -110,6 +110,60 @@ func TestCrashKeepsWhatWasSyncedOnly(t *testing.T) {
 	}
 }
 
+// TestKillSyncsNothing has a process killed, and the power fail for the next one.
+func TestKillSyncsNothing(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		next func(fsys *durabletest.FS, root string) error
+		want string // of the file that the first one made
+	}{
+		{"the next one does nothing", func(*durabletest.FS, string) error { return nil }, "(none)"},
+		{"the next one syncs the directory", func(fsys *durabletest.FS, root string) error { return fsys.SyncDir(root) }, ""},
+		{"the next one syncs both", func(fsys *durabletest.FS, root string) error {
+			f, err := fsys.OpenFile(filepath.Join(root, "new"))
+			if err != nil {
+				return err
+			}
+			return errors.Join(f.Sync(), f.Close(), fsys.SyncDir(root))
+		}, "new"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			fsys, root := newFS(t)
+			f, err := fsys.Create(filepath.Join(root, "new"), 0o640)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.Write([]byte("new")); err != nil {
+				t.Fatal(err)
+			}
+			killed, lost := filepath.Join(t.TempDir(), "killed"), filepath.Join(t.TempDir(), "lost")
+			next, err := fsys.Kill(killed)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := fsys.SyncDir(root); !errors.Is(err, durabletest.ErrPower) {
+				t.Errorf("the killed one works on: %v", err)
+			}
+			if got := content(t, filepath.Join(killed, "new")); got != "new" {
+				t.Errorf("the next one finds %q", got)
+			}
+			if err := tt.next(next, killed); err != nil {
+				t.Fatal(err)
+			}
+			if err := next.Crash(lost, durabletest.Nothing()); err != nil {
+				t.Fatal(err)
+			}
+			if got := content(t, filepath.Join(lost, "new")); got != tt.want {
+				t.Errorf("after the power failed there is %q, want %q", got, tt.want)
+			}
+			if got := content(t, filepath.Join(lost, "old")); got != "old" {
+				t.Errorf("what was synced is %q", got)
+			}
+		})
+	}
+}
+
 func TestModes(t *testing.T) {
 	const renameCall = 4 // create, write, sync, rename, syncdir
 	tests := []struct {
