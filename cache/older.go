@@ -23,6 +23,9 @@ import (
 // olderExt ends the name of an index of an older schema, from which something is still to be carried over.
 const olderExt = ".older"
 
+// stateCarried is the word of an index that has all that could be carried over to it: the older one only has to be removed.
+const stateCarried = "carried"
+
 // errOlder is matched by the error about an index of an older schema.
 var errOlder = errors.New("it is of an older version")
 
@@ -77,11 +80,20 @@ func (d *Disk) carryOver(ix *index) error {
 	d.space.mu.Lock()
 	d.space.aside -= bytes
 	d.space.mu.Unlock()
-	return nil
+	return d.fsys.SyncDir(d.dir)
 }
 
-// carryFrom returns as lost why the old index can't be read, and as err why the other one can't be written.
+// carryFrom returns as lost why the old index can't be read, and as err why the other one can't be written. What was carried over before is not again: who had
+// done so may not have come to remove the old one.
 func (d *Disk) carryFrom(path string, ix *index) (lost, err error) {
+	done := false
+	err = ix.view(func(tx *bolt.Tx) (err error) {
+		done, err = isState(tx, stateCarried)
+		return err
+	})
+	if done || err != nil {
+		return nil, err
+	}
 	old, err := openIndex(path, newMemory(), d.space, d.maxMapped)
 	if err != nil {
 		return err, nil
@@ -111,7 +123,9 @@ func (d *Disk) carryFrom(path string, ix *index) (lost, err error) {
 	if err != nil {
 		return err, nil
 	}
-	return nil, ix.update(func(tx *bolt.Tx) error { return prependRefusals(tx, refusals) }, effect{})
+	return nil, ix.update(func(tx *bolt.Tx) error {
+		return errors.Join(prependRefusals(tx, refusals), setState(tx, stateCarried))
+	}, effect{})
 }
 
 // maxCarried is how many times of last use are carried over in one transaction.

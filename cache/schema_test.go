@@ -17,12 +17,15 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/cache/cachetest"
+	"github.com/acproxy/acproxy/internal/durable"
+	"github.com/acproxy/acproxy/internal/durable/durabletest"
 )
 
 var update = flag.Bool("update", false, "keep what the present schema writes in testdata")
@@ -199,6 +202,55 @@ func TestRefusalsSinceTheSchemaChangedComeAfterThoseBefore(t *testing.T) {
 		if want := refusal(cache.MaxRefusals + 3 - i); !reflect.DeepEqual(r, want) {
 			t.Fatalf("refusal %d is %+v, want %+v", i, r, want)
 		}
+	}
+}
+
+// olderStays is a file system that doesn't remove an index of an older version.
+type olderStays struct{ durable.FS }
+
+func (fsys olderStays) Remove(name string) error {
+	if filepath.Base(name) == "index.db.older" {
+		return syscall.EIO
+	}
+	return fsys.FS.Remove(name)
+}
+
+// TestRefusalsAreCarriedOverOnce has the index of an older version stay after what it has was carried over, as a kill in between would have it.
+func TestRefusalsAreCarriedOverOnce(t *testing.T) {
+	dir := t.TempDir()
+	refused := func(code string) cache.Refused {
+		return cache.Refused{Ref: cachetest.MustRef("example.com/x"), When: when, Code: code}
+	}
+	d := open(t, dir, cache.Options{})
+	if err := d.Refuse(refused("before")); err != nil {
+		t.Fatal(err)
+	}
+	closeStore(t, d)
+	if err := cache.SetSchema(filepath.Join(dir, "index.db"), cache.Schema-1); err != nil {
+		t.Fatal(err)
+	}
+	d = open(t, dir, cache.Options{FS: olderStays{durable.OS{}}})
+	if err := d.ReadyAtOnce(t.Context()); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("the older index could not be removed, and Ready = %v", err)
+	}
+	if err := d.Refuse(refused("since")); err != nil {
+		t.Fatal(err)
+	}
+	closeStore(t, d)
+	fsys, err := durabletest.New(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d = open(t, dir, cache.Options{FS: fsys})
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := d.Refusals(); err != nil || !reflect.DeepEqual(got, []cache.Refused{refused("since"), refused("before")}) {
+		t.Errorf("Refusals = %+v, %v", got, err)
+	}
+	calls := fsys.Calls()
+	if at := slices.Index(calls, "remove index.db.older"); at < 0 || at+1 == len(calls) || calls[at+1] != "syncdir ." {
+		t.Errorf("the older index is not removed for good: %v", calls)
 	}
 }
 
