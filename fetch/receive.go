@@ -346,7 +346,8 @@ func (r *reception) drop(why error) error {
 	return &interruption{why}
 }
 
-// compare reads the first n bytes of a body, which have to be those that have arrived before.
+// compare reads the first n bytes of a body, which have to be those that have arrived before. An endpoint with other ones is given up: where the first ones
+// came from the rest may still be had.
 func (r *reception) compare(body io.Reader, n int64) error {
 	d := r.d
 	file, err := d.partial.Open()
@@ -364,7 +365,7 @@ func (r *reception) compare(body io.Reader, n int64) error {
 			return fmt.Errorf("reading what has arrived of %s: %w", d.source, err)
 		}
 		if !bytes.Equal(is[:m], was[:m]) {
-			return changed(d.endpoints[r.endpoint], "what comes now is not what came before it was interrupted")
+			return r.drop(changed(d.endpoints[r.endpoint], "what comes now is not what came before it was interrupted"))
 		}
 		left -= int64(m)
 		r.since = d.f.now()
@@ -381,7 +382,7 @@ func (r *reception) compare(body io.Reader, n int64) error {
 func changed(url, format string, args ...any) error {
 	return &acproxy.Error{
 		Kind: acproxy.ErrPublisher, Code: "changed-while-fetching",
-		Detail: fmt.Sprintf("%s changed while it was fetched: %s; what had arrived is dropped, and asking again begins anew", url, fmt.Sprintf(format, args...)),
+		Detail: fmt.Sprintf("%s has other bytes than those that have arrived: %s; unless another endpoint has the rest, asking again begins anew", url, fmt.Sprintf(format, args...)),
 	}
 }
 

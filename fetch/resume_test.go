@@ -247,6 +247,22 @@ func TestWhatDoesNotFitIsNotPutTogether(t *testing.T) {
 	}
 }
 
+// mirror has two endpoints for example.com/app with the same image.
+func (s *scene) mirror(blob []byte) {
+	s.t.Helper()
+	signature, err := goodKey().Sign(bytes.NewReader(blob), trusttest.SignOptions{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	var templates []publisher.Tag
+	for _, host := range []string{"one", "two"} {
+		templates = append(templates, publisher.Tag{Prefix: "example.com/app", URL: "https://" + host + ".example.com/{name}.{ext}"})
+		s.pub.Serve(host+".example.com/example.com/app.aci", "application/octet-stream", blob)
+		s.pub.Serve(host+".example.com/example.com/app.aci.asc", "text/plain", signature)
+	}
+	s.pub.SetPage(publisher.Page{Path: "example.com/app", Templates: templates})
+}
+
 func TestAnotherEndpointGoesOn(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -259,17 +275,7 @@ func TestAnotherEndpointGoesOn(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			s := newScene(t)
 			blob := s.publish(spec("1.0", badSize))
-			var templates []publisher.Tag
-			for _, host := range []string{"one", "two"} {
-				templates = append(templates, publisher.Tag{Prefix: "example.com/app", URL: "https://" + host + ".example.com/{name}.{ext}"})
-				signature, err := goodKey().Sign(bytes.NewReader(blob), trusttest.SignOptions{})
-				if err != nil {
-					t.Fatal(err)
-				}
-				s.pub.Serve(host+".example.com/example.com/app.aci", "application/octet-stream", blob)
-				s.pub.Serve(host+".example.com/example.com/app.aci.asc", "text/plain", signature)
-			}
-			s.pub.SetPage(publisher.Page{Path: "example.com/app", Templates: templates})
+			s.mirror(blob)
 			s.pub.Misbehave(publisher.URL("one.example.com/*.aci"), publisher.Fault{TruncateAfter: publisher.At(badSize / 2), Times: 1})
 			s.pub.Misbehave(publisher.URL("one.example.com/*.aci"), publisher.Fault{Status: http.StatusNotFound, Skip: 1})
 			s.pub.Misbehave(publisher.URL("two.example.com/*.aci"), test.fault)
@@ -277,6 +283,60 @@ func TestAnotherEndpointGoesOn(t *testing.T) {
 			requests := s.imageRequests()
 			if len(requests) != 3 || requests[2].Host != "two.example.com" || requests[2].Status != test.status {
 				t.Errorf("asked for %v, want the third answer from two.example.com with %d", requests, test.status)
+			}
+		})
+	}
+}
+
+// TestABadMirrorCostsNothing has a mirror with other bytes, which is asked because the endpoint that broke off is busy for a moment.
+func TestABadMirrorCostsNothing(t *testing.T) {
+	one, two := publisher.URL("one.example.com/*.aci"), publisher.URL("two.example.com/*.aci")
+	const busy = http.StatusServiceUnavailable
+	for _, test := range []struct {
+		name  string
+		other func(blob []byte) []byte
+		then  publisher.Fault // of the first endpoint, after it was busy
+		asked string          // which endpoints, with which answers
+		code  string          // "" is the image
+		kept  bool            // what has arrived, where there is no image
+	}{
+		{name: "another byte", asked: "one 200, one 503, two 200, one 206"},
+		{name: "one byte more", other: func(blob []byte) []byte { return append(blob, 0) }, asked: "one 200, one 503, two 200, one 206"},
+		{name: "and the first endpoint knows no ranges", then: publisher.Fault{IgnoreRange: true}, asked: "one 200, one 503, two 200, one 200"},
+		{name: "and the first endpoint stays busy", then: publisher.Fault{Status: busy}, asked: "one 200, one 503, two 200, one 503", code: "publisher-status", kept: true},
+		{name: "and the first endpoint has changed", then: publisher.Fault{Body: make([]byte, badBytes)}, asked: "one 200, one 503, two 200, one 200", code: "changed-while-fetching"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newScene(t, func(c *Config) { c.Retries = 3 })
+			blob := s.publish(spec("1.0", badSize))
+			s.mirror(blob)
+			other := bytes.Clone(blob)
+			other[badSize/4] ^= 1
+			if test.other != nil {
+				other = test.other(bytes.Clone(blob))
+			}
+			s.pub.Misbehave(one, publisher.Fault{TruncateAfter: publisher.At(badSize / 2), Times: 1})
+			s.pub.Misbehave(one, publisher.Fault{Status: busy, Skip: 1, Times: 1})
+			test.then.Skip = 2
+			s.pub.Misbehave(one, test.then)
+			s.pub.Misbehave(two, publisher.Fault{Body: other})
+			got, how, err := s.get(s.app("1.0"))
+			if test.code == "" && (err != nil || how != Miss || !bytes.Equal(got, blob)) {
+				t.Errorf("%d bytes, %v, %v", len(got), how, err)
+			}
+			if test.code != "" {
+				wantError(t, err, acproxy.ErrPublisher, test.code)
+			}
+			var asked []string
+			for _, r := range s.imageRequests() {
+				asked = append(asked, fmt.Sprintf("%s %d", strings.TrimSuffix(r.Host, ".example.com"), r.Status))
+			}
+			if got := strings.Join(asked, ", "); got != test.asked {
+				t.Errorf("asked were %s, want %s", got, test.asked)
+			}
+			s.idle()
+			if arrivals, err := s.store.Arrivals(t.Context()); err != nil || (len(arrivals) == 1) != test.kept {
+				t.Errorf("Arrivals = %v, %v, want what has arrived to be kept: %v", arrivals, err, test.kept)
 			}
 		})
 	}
