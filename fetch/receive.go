@@ -434,7 +434,7 @@ func checkPart(url string, resp *http.Response, from, size int64, said map[strin
 	}
 	header := resp.Header.Get("Content-Range")
 	first, last, total, ok := parseContentRange(header)
-	coding := resp.Header.Get("Content-Encoding")
+	coding, etag, modified := resp.Header.Get("Content-Encoding"), resp.Header.Get("ETag"), resp.Header.Get("Last-Modified")
 	switch {
 	case !ok:
 		return bad("its Content-Range is %.80q", header)
@@ -444,8 +444,12 @@ func checkPart(url string, resp *http.Response, from, size int64, said map[strin
 		return bad("there are %d bytes in all, where there were %d", total, size)
 	case resp.ContentLength >= 0 && resp.ContentLength != last-first+1:
 		return bad("Content-Range %.80q doesn't fit a Content-Length of %d", header, resp.ContentLength)
-	case said["ETag"] != "" && resp.Header.Get("ETag") != "" && resp.Header.Get("ETag") != said["ETag"]:
-		return bad("its ETag is %.80q, where it was %.80q", resp.Header.Get("ETag"), said["ETag"])
+	case etag != said["ETag"]:
+		// A part has the ETag that the whole has (RFC 9110, section 15.3.7).
+		return bad("its ETag is %.80q, where it was %.80q", etag, said["ETag"])
+	case modified != "" && modified != said["Last-Modified"]:
+		// It may be left out. One that is another says that If-Range wasn't looked at.
+		return bad("it is of %.80q, where it was of %.80q", modified, said["Last-Modified"])
 	case coding != "" && coding != "identity":
 		return bad("it came with Content-Encoding %q", coding)
 	case strings.HasPrefix(strings.ToLower(resp.Header.Get("Content-Type")), "multipart/byteranges"):

@@ -221,7 +221,10 @@ func TestWhatDoesNotFitIsNotPutTogether(t *testing.T) {
 		{"other bytes of the same length come next", nil, publisher.Fault{Body: other, Skip: 1}, "changed-while-fetching"},
 		{"fewer bytes come next", nil, publisher.Fault{Body: other[:badSize], Skip: 1}, "changed-while-fetching"},
 		// The publisher makes the ETag that way.
-		{"other bytes come with the old validators", http.Header{"Etag": {fmt.Sprintf(`"%x"`, sum[:16])}}, publisher.Fault{Body: other, Skip: 1}, "pieces-dont-fit"},
+		{
+			"other bytes come with the old validators", http.Header{"Etag": {fmt.Sprintf(`"%x"`, sum[:16])}},
+			publisher.Fault{Body: other, Header: http.Header{"Last-Modified": {"Thu, 30 Jun 2016 12:00:00 GMT"}}, Skip: 1}, "pieces-dont-fit",
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newScene(t)
@@ -585,6 +588,69 @@ func TestContentRange(t *testing.T) {
 		if ok != test.ok || ok && (first != test.first || last != test.last || total != test.total) {
 			t.Errorf("parseContentRange(%q) = %d, %d, %d, %v", test.header, first, last, total, ok)
 		}
+	}
+}
+
+// TestWhichPartsAreTheRest holds answers with a part against what the first answer said.
+func TestWhichPartsAreTheRest(t *testing.T) {
+	const was, is = "Thu, 30 Jun 2016 12:00:00 GMT", "Thu, 30 Jun 2016 12:00:01 GMT"
+	said := func(etag, modified string) map[string]string {
+		return map[string]string{"ETag": etag, "Last-Modified": modified}
+	}
+	for _, test := range []struct {
+		name        string
+		first, part map[string]string
+		rest        bool
+	}{
+		{"the same", said(`"a"`, was), said(`"a"`, was), true},
+		{"another ETag", said(`"a"`, was), said(`"b"`, was), false},
+		{"the ETag is missing", said(`"a"`, was), said("", was), false},
+		{"there was no ETag", said("", was), said(`"a"`, was), false},
+		{"neither has an ETag", said("", was), said("", was), true},
+		{"of another time", said("", was), said("", is), false},
+		{"of another time with the same ETag", said(`"a"`, was), said(`"a"`, is), false},
+		{"the time is left out", said(`"a"`, was), said(`"a"`, ""), true},
+		{"the time is left out, and is all that was said", said("", was), said("", ""), true},
+	} {
+		resp := &http.Response{ContentLength: 10, Header: http.Header{"Content-Range": {"bytes 10-19/20"}}}
+		for field, value := range test.part {
+			if value != "" {
+				resp.Header.Set(field, value)
+			}
+		}
+		if total, err := checkPart("https://example.com/app.aci", resp, 10, 20, test.first); (err == nil) != test.rest || err == nil && total != 20 {
+			t.Errorf("%s: checkPart = %d, %v, want it to be the rest: %v", test.name, total, err, test.rest)
+		}
+	}
+}
+
+// TestAnUnsignedImageIsOfOneVersion has an image replaced by another one of the same length while it arrives, by a publisher that has no ETags and doesn't look
+// at If-Range. There is no signature that would find it out.
+func TestAnUnsignedImageIsOfOneVersion(t *testing.T) {
+	noETag := http.Header{"Etag": nil}
+	for _, test := range []struct {
+		name    string
+		retries int64
+	}{{"while it arrives", 0}, {"between two that ask", -1}} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newScene(t, policies(unsignedToo), func(c *Config) { c.Retries = test.retries })
+			sp := spec("1.0", badSize)
+			s.publishAs(sp.Name, sp.Labels, acitest.Must(t, sp), nil)
+			sp.Seed = 1
+			other := acitest.Must(t, sp)
+			s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{TruncateAfter: publisher.At(badSize / 2), Header: noETag, Times: 1})
+			s.pub.Misbehave(publisher.URL("*.aci"), publisher.Fault{Body: other, Header: noETag, IgnoreIfRange: true, Skip: 1})
+			if got, _, err := s.get(s.app("1.0")); err == nil {
+				t.Errorf("%d bytes, of the other version: %v", len(got), bytes.Equal(got, other))
+			}
+			s.idle()
+			s.wantNothingHeld()
+			s.clock.advance(time.Hour)
+			s.want(s.app("1.0"), other, Miss)
+			if requests := s.imageRequests(); len(requests) < 2 || requests[1].Status != http.StatusPartialContent {
+				t.Errorf("asked for %v, want the second answer to be a part", requests)
+			}
+		})
 	}
 }
 

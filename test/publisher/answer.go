@@ -193,6 +193,9 @@ func (a *answer) changeRange(h http.Header) {
 	if f.IgnoreRange {
 		h.Del("Range")
 	}
+	if f.IgnoreIfRange {
+		h.Del("If-Range")
+	}
 	first, last, ok := askedRange(h.Get("Range"))
 	if !ok {
 		return

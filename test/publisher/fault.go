@@ -29,6 +29,7 @@ type Fault struct {
 	HeaderEvery       time.Duration // the header comes a byte at a time, one each time so long has passed (HTTP/1.1)
 	Header            http.Header   // fields set; a nil list removes one
 	IgnoreRange       bool          // answers 200 with all of it, whatever range was asked for
+	IgnoreIfRange     bool          // answers a range with its bytes, whatever they were to depend on
 	UnaskedRange      bool          // answers 206 where no range was asked for, as if it had been one of all bytes
 	MultipartRange    bool          // answers a range with multipart/byteranges, the range and one byte of it again
 	ShiftRange        int64         // a range begins so many bytes later than was asked for, earlier if less than 0, and says so
@@ -239,6 +240,7 @@ func (f *Fault) add(g Fault) {
 		{&f.IgnoreRange, g.IgnoreRange}, {&f.WrongContentRange, g.WrongContentRange}, {&f.NoContentLength, g.NoContentLength},
 		{&f.CloseDelimited, g.CloseDelimited}, {&f.EndlessBody, g.EndlessBody}, {&f.EndlessInterim, g.EndlessInterim},
 		{&f.UnaskedRange, g.UnaskedRange}, {&f.MultipartRange, g.MultipartRange}, {&f.HTTP10, g.HTTP10},
+		{&f.IgnoreIfRange, g.IgnoreIfRange},
 	} {
 		set(b.to, b.from)
 	}

@@ -340,6 +340,12 @@ func TestFaults(t *testing.T) {
 		{"ranges ignored", publisher.Fault{IgnoreRange: true}, []string{"Range", "bytes=100-"}, func(a answer, err error) bool {
 			return err == nil && a.StatusCode == 200 && bytes.Equal(a.body, blob)
 		}, "200 and all of it"},
+		{"a condition", publisher.Fault{}, []string{"Range", "bytes=100-", "If-Range", `"old"`}, func(a answer, err error) bool {
+			return err == nil && a.StatusCode == 200 && bytes.Equal(a.body, blob)
+		}, "200 and all of it"},
+		{"conditions ignored", publisher.Fault{IgnoreIfRange: true}, []string{"Range", "bytes=100-", "If-Range", `"old"`}, func(a answer, err error) bool {
+			return err == nil && a.StatusCode == 206 && bytes.Equal(a.body, blob[100:])
+		}, "206 and the range"},
 		{"wrong range", publisher.Fault{WrongContentRange: true}, []string{"Range", "bytes=100-199"}, func(a answer, err error) bool {
 			return err == nil && a.StatusCode == 206 && a.Header.Get("Content-Range") == fmt.Sprintf("bytes 101-200/%d", n+1) && bytes.Equal(a.body, blob[100:200])
 		}, "a Content-Range one byte further"},
