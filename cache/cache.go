@@ -171,8 +171,8 @@ type Room struct {
 // refusals excepted.
 type Store interface {
 	// Resolve returns what a ref answers and the image. The image may be quarantined: whoever serves it has to look. It returns an error
-	// matching [acproxy.ErrNotFound] if the ref has no answer or the answer's bytes are gone. While the store isn't [Store.Ready] it waits
-	// before it says so.
+	// matching [acproxy.ErrNotFound] if the ref has no answer or the answer's bytes are gone; of bytes that are gone it returns beside the error what
+	// the answer was. While the store isn't [Store.Ready] it waits before it says so.
 	Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record, error)
 	// Ready waits until the store can say what it does not hold; what it is known to hold can be had before.
 	Ready(ctx context.Context) error

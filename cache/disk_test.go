@@ -621,8 +621,9 @@ func TestLostBytesAreFetchedAgain(t *testing.T) {
 					t.Errorf("OpenBlob = %v, want ErrNotFound", err)
 				}
 			}
-			if _, _, err := d.Resolve(t.Context(), img.Refs[0].Ref); !errors.Is(err, acproxy.ErrNotFound) {
-				t.Errorf("Resolve = %v, want ErrNotFound", err)
+			to, was, err := d.Resolve(t.Context(), img.Refs[0].Ref)
+			if !errors.Is(err, acproxy.ErrNotFound) || to.Digest != img.Record.Digest || !was.Lost() || was.ImageID != img.Record.ImageID {
+				t.Errorf("Resolve = %+v, %+v, %v, want ErrNotFound and what it was", to, was, err)
 			}
 			if err := d.Restore(t.Context(), img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
 				t.Errorf("Restore = %v, want ErrNotFound", err)

@@ -29,7 +29,7 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 		case err != nil:
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
 		case ok && a.rec.lost():
-			return Resolution{}, Record{}, notFound("blob-gone", fmt.Sprintf("%v was held, but %s", ref, a.rec.Reason))
+			return a.to, a.rec, notFound("blob-gone", fmt.Sprintf("%v was held, but %s", ref, a.rec.Reason))
 		case ok:
 			return a.to, a.rec, nil
 		case d.complete(k):

@@ -221,17 +221,10 @@ func (f *Fetcher) pointCarried(ctx context.Context, c Carried, e examined, refs 
 
 // unchanged refuses a held image for a ref with a version that answers another one.
 func (f *Fetcher) unchanged(ctx context.Context, ref acproxy.Ref, held cache.Record, c Carried) error {
-	if ref.Version() == "" || f.policy(c.Name).OnChange == FollowChange {
-		return nil
-	}
-	_, before, err := f.cfg.Store.Resolve(ctx, ref)
-	if err != nil || before.Digest == held.Digest || before.ImageID == held.ImageID || before.Lost() {
-		return nil
-	}
-	err = changedVersion(ref, before, c.Source, held.ImageID)
-	if c.published {
-		err = republished(ref, before, held.ImageID)
-	}
+	err := f.checkVersion(ctx, candidate{
+		ref: ref, digest: held.Digest, source: c.Source, onChange: f.policy(c.Name).OnChange, published: c.published,
+		identify: func() (acproxy.ImageID, error) { return f.identify(ctx, held) },
+	})
 	f.refuseCarried(c, ref, err)
 	return err
 }

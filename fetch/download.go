@@ -500,58 +500,20 @@ func describe(rec *cache.Record, found aci.Inspection) {
 	rec.Inspected, rec.ImageID, rec.Compression, rec.Uncompressed = true, found.ID, string(found.Compression), found.Size
 }
 
-// checkChange asks whether the version of this image is held already as another image. The image ID decides, not the digest: the same tar may
-// come compressed in another way.
+// checkChange asks whether the version of this image is held already as another image.
 func (d *download) checkChange(rec cache.Record, inspection *inspection) error {
 	full, err := acproxy.NewRef(rec.Name, rec.Labels)
-	if err != nil || full.Version() == "" {
+	if err != nil {
 		return nil
 	}
-	_, before, err := d.f.cfg.Store.Resolve(d.ctx, full)
-	if err != nil || before.Digest == rec.Digest {
-		return nil
-	}
-	if before.ImageID.IsZero() && !before.Quarantined() {
-		// Its own inspection hasn't come to its end yet.
-		found, err := d.f.inspectHeld(d.ctx, before)
-		if err != nil && d.ctx.Err() != nil {
-			return context.Cause(d.ctx)
-		}
-		before.ImageID = found.ID
-	}
-	d.hurry()
-	if err := inspection.await(d.ctx); err != nil {
-		return err
-	}
-	if before.ImageID.IsZero() || before.ImageID == inspection.result.ID {
-		return nil
-	}
-	d.f.log.Warn("a version changed at its publisher", "ref", full, "held", before.ImageID.Short(), "published", inspection.result.ID.Short(), "source", d.source)
-	if d.policy.OnChange == FollowChange {
-		return nil
-	}
-	if d.carried != nil && d.carried.published {
-		return republished(full, before, inspection.result.ID)
-	}
-	return changedVersion(full, before, d.source, inspection.result.ID)
-}
-
-// changedVersion refuses another image for a version that is held.
-func changedVersion(ref acproxy.Ref, before cache.Record, source string, is acproxy.ImageID) error {
-	return &acproxy.Error{
-		Kind: acproxy.ErrRefused, Code: "changed-upstream",
-		Detail: fmt.Sprintf("%v is held as %s, but %s now is %s; a version doesn't change (set on_change: follow for its prefix to take the new image)",
-			ref, before.ImageID.Short(), source, is.Short()),
-	}
-}
-
-// republished refuses another image for a version that was published here.
-func republished(ref acproxy.Ref, before cache.Record, is acproxy.ImageID) error {
-	return &acproxy.Error{
-		Kind: acproxy.ErrRefused, Code: "changed-upstream",
-		Detail: fmt.Sprintf("%v was published as %s, and this is %s; a version doesn't change: give this image another one (or set on_change: follow for its prefix)",
-			ref, before.ImageID.Short(), is.Short()),
-	}
+	return d.f.checkVersion(d.ctx, candidate{
+		ref: full, digest: rec.Digest, source: d.source, onChange: d.policy.OnChange, published: d.carried != nil && d.carried.published,
+		identify: func() (acproxy.ImageID, error) {
+			d.hurry()
+			err := inspection.await(d.ctx)
+			return inspection.result.ID, err
+		},
+	})
 }
 
 // commit makes the image one that is held, under every ref that waits for it and fits it, and under the ref of all its labels.

@@ -92,13 +92,17 @@ func (f *Fetcher) acceptable(rec cache.Record) error {
 	return err
 }
 
-const codeQuarantined = "quarantined"
+const (
+	codeQuarantined = "quarantined"
+	// codeBlobGone is the code of an image whose bytes are lost, the store's too.
+	codeBlobGone = "blob-gone"
+)
 
 // quarantined returns why a quarantined image isn't served. One whose bytes are lost counts as not there.
 func quarantined(rec cache.Record) error {
 	if rec.Lost() {
 		return &acproxy.Error{
-			Kind: acproxy.ErrNotFound, Code: "blob-gone",
+			Kind: acproxy.ErrNotFound, Code: codeBlobGone,
 			Detail: fmt.Sprintf("the image of %s with digest %v was held, but %s", rec.Name, rec.Digest, rec.Reason),
 		}
 	}

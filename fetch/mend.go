@@ -59,8 +59,9 @@ func weight(rec cache.Record) int {
 	return 0
 }
 
-// Refetch fetches an image again whose bytes the store has lost. It joins whoever is fetching it already. If its publisher has other bytes by now that
-// is an error matching [acproxy.ErrNotFound]; one that must not be asked gives an error matching [acproxy.ErrOffline].
+// Refetch fetches an image again whose bytes the store has lost. It joins whoever is fetching it already. If its publisher has another image
+// by now that is an error matching [acproxy.ErrRefused], unless policy follows: then the other one is taken, and this one stays lost, which is an error
+// matching [acproxy.ErrNotFound]. A publisher that must not be asked gives one matching [acproxy.ErrOffline].
 func (f *Fetcher) Refetch(ctx context.Context, rec cache.Record) error {
 	ref, err := acproxy.NewRef(rec.Name, rec.Labels)
 	if err == nil {
@@ -91,7 +92,7 @@ func (f *Fetcher) Refetch(ctx context.Context, rec cache.Record) error {
 	}
 	now, err := f.cfg.Store.Record(rec.Digest)
 	if err == nil && now.Lost() {
-		err = &acproxy.Error{Kind: acproxy.ErrNotFound, Code: "blob-gone", Detail: fmt.Sprintf("the publisher of %v has other bytes now than those with the digest %v", ref, rec.Digest)}
+		err = &acproxy.Error{Kind: acproxy.ErrNotFound, Code: codeBlobGone, Detail: fmt.Sprintf("the publisher of %v has other bytes now than those with the digest %v", ref, rec.Digest)}
 	}
 	return err
 }

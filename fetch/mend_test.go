@@ -3,10 +3,13 @@ package fetch
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/internal/aci/acitest"
 )
 
 // spoil changes a bit of an image's bytes behind the store's back and has it notice.
@@ -106,18 +109,89 @@ func TestLostImageThatIsGone(t *testing.T) {
 	}
 }
 
-// TestLostImageThatHasChanged wants the image that was lost to stay so if its publisher has another one in its place.
+// TestLostImageThatHasChanged: that the disk has lost a version makes no room for another image with its name, unless policy follows or the operator forgets
+// the one that was lost.
 func TestLostImageThatHasChanged(t *testing.T) {
-	s := newScene(t)
-	ref := s.app("1.0.0")
-	s.want(ref, s.publish(spec("1.0.0", 100_000)), Miss)
-	s.idle()
-	rec := s.spoil(ref)
-	other := s.publish(spec("1.0.0", 120_000))
-	err := s.f.Refetch(t.Context(), rec)
-	wantError(t, err, acproxy.ErrNotFound, "blob-gone")
-	s.want(ref, other, Hit)
-	if now, err := s.store.Record(rec.Digest); err != nil || !now.Lost() {
-		t.Errorf("Record = %v %v, %v, want it lost as before", now.State, now.Code, err)
+	for _, test := range []struct {
+		name   string
+		policy OnChange
+		known  bool // the image ID of what was lost
+		change func(*acitest.Spec)
+		taken  bool
+	}{
+		{"refused", RefuseChange, true, func(sp *acitest.Spec) { sp.Seed = 1 }, false},
+		{"refused, lost before it was inspected", RefuseChange, false, func(sp *acitest.Spec) { sp.Seed = 1 }, false},
+		{"followed", FollowChange, true, func(sp *acitest.Spec) { sp.Seed = 1 }, true},
+		{"the same image, compressed in another way", RefuseChange, true, func(sp *acitest.Spec) { sp.Compression = acitest.XZ }, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newScene(t, policies(Policy{OnChange: test.policy, TTL: time.Minute, MaxStale: time.Hour}))
+			sp, ref := spec("1.0.0", 100_000), s.app("1.0.0")
+			s.want(ref, s.publish(sp), Miss)
+			s.idle()
+			s.eventually("the inspection is noted", func() bool { return s.record(ref).Inspected })
+			rec := s.spoil(ref)
+			if !test.known {
+				err := s.store.Update(t.Context(), rec.Digest, func(r *cache.Record) error { r.Inspected, r.ImageID = false, acproxy.ImageID{}; return nil })
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			test.change(&sp)
+			other := s.publish(sp)
+			err := s.f.Refetch(t.Context(), rec)
+			if now, err := s.store.Record(rec.Digest); err != nil || !now.Lost() {
+				t.Errorf("Record = %v %v, %v, want it lost as before", now.State, now.Code, err)
+			}
+			if test.taken {
+				wantError(t, err, acproxy.ErrNotFound, codeBlobGone)
+				s.want(ref, other, Hit)
+				return
+			}
+			wantError(t, err, acproxy.ErrRefused, "changed-upstream")
+			if !strings.Contains(err.Error(), "acproxy images delete "+rec.Digest.String()) || !strings.Contains(err.Error(), "on_change: follow") {
+				t.Errorf("the refusal doesn't say what can be done: %v", err)
+			}
+			s.await("the refusal", func(d Decision) bool {
+				return d.Event == EventRefused && d.Outcome == "changed-upstream" && d.Ref == ref
+			})
+			s.idle()
+			s.clock.advance(time.Hour)
+			for _, ref := range []acproxy.Ref{ref, s.app("")} {
+				if got, _, err := s.get(ref); acproxy.Code(err) != "changed-upstream" || len(got) > len(other)-DefaultHoldBack {
+					t.Errorf("%v = %d bytes, %v", ref, len(got), err)
+				}
+				s.idle()
+			}
+			if err := s.store.Delete(t.Context(), rec.Digest); err != nil {
+				t.Fatal(err)
+			}
+			s.clock.advance(time.Hour)
+			s.want(ref, other, Miss)
+		})
 	}
+}
+
+// TestCarriedInPlaceOfALostVersion is the same for an image that somebody brings, and for one that is held under another ref.
+func TestCarriedInPlaceOfALostVersion(t *testing.T) {
+	s := newIsolated(t)
+	now := s.clock.Now()
+	first, firstBlob := s.carry(spec("1", 100), goodKey(), now.Add(-50*time.Minute))
+	s.take(first, firstBlob)
+	if err := s.store.Quarantine(t.Context(), first.Digest, cache.CodeCorrupt, "a test says so"); err != nil {
+		t.Fatal(err)
+	}
+	sp := spec("1", 100)
+	sp.Seed = 7
+	other, otherBlob := s.carry(sp, goodKey(), now.Add(-10*time.Minute))
+	_, err := s.f.Take(t.Context(), other, from(otherBlob))
+	wantError(t, err, acproxy.ErrRefused, "changed-upstream")
+	s.f.Change(by(Policy{OnChange: FollowChange}))
+	s.take(other, otherBlob)
+	if err := s.store.Point(t.Context(), cache.Resolution{Ref: s.app("1"), Digest: first.Digest}); err != nil {
+		t.Fatal(err)
+	}
+	s.f.Change(by(Policy{}))
+	_, err = s.f.Take(t.Context(), other, s.unread)
+	wantError(t, err, acproxy.ErrRefused, "changed-upstream")
 }

@@ -551,6 +551,10 @@ func (f *Fetcher) ResumeDownloads(ctx context.Context) error {
 		case f.allowed(ref.Name()) != nil, f.policy(ref.Name()).Offline:
 			continue
 		}
+		if err != nil {
+			// What is lost answers nobody.
+			held = cache.Resolution{}
+		}
 		f.join(ctx, Request{Ref: ref}, held.Digest)
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"net/http"
 	"time"
@@ -55,10 +56,12 @@ type passage struct {
 	modified  time.Time
 	signature []byte
 	hasher    *trust.Hasher
+	sum       hash.Hash // of the bytes
 
 	inspecting *io.PipeWriter
-	inspected  chan struct{} // closed when wrong is set
-	wrong      error         // what the inspection has found
+	inspected  chan struct{}  // closed when found and wrong are set
+	found      aci.Inspection // what the inspection has found
+	wrong      error          // why that is bad
 
 	buf  []byte // what has come and not been delivered
 	came int64
@@ -122,7 +125,7 @@ func (f *Fetcher) passageFrom(ctx context.Context, ref acproxy.Ref, expand func(
 	if _, err := f.judge(f.cfg.Keyring(), name, signature, nil); err != nil {
 		return nil, err
 	}
-	p := &passage{f: f, ref: ref, policy: policy, source: imageURL, signature: signature, inspected: make(chan struct{})}
+	p := &passage{f: f, ref: ref, policy: policy, source: imageURL, signature: signature, sum: sha256.New(), inspected: make(chan struct{})}
 	if p.hasher, err = trust.NewHasher(signature); err != nil {
 		return nil, err
 	}
@@ -164,10 +167,10 @@ func (p *passage) begin(resp *http.Response) {
 	p.inspecting = w
 	// Ends with the pipe, which close ends at the latest; close waits for it.
 	go func() {
-		_, err := aci.Inspect(r, p.f.cfg.Limits, func(m aci.Manifest) error { return p.ref.Matches(m.Name, m.Labels) })
+		found, err := aci.Inspect(r, p.f.cfg.Limits, func(m aci.Manifest) error { return p.ref.Matches(m.Name, m.Labels) })
 		// Whoever writes is told why nobody reads any more.
 		_ = r.CloseWithError(errors.Join(err, errInspected))
-		p.wrong = err
+		p.found, p.wrong = found, err
 		close(p.inspected)
 	}()
 }
@@ -207,6 +210,7 @@ func (p *passage) more() error {
 		return tooLarge(p.source, p.f.cfg.MaxImageSize)
 	}
 	p.hasher.Write(chunk[:n])
+	p.sum.Write(chunk[:n])
 	if _, piped := p.inspecting.Write(chunk[:n]); piped != nil && !errors.Is(piped, errInspected) {
 		return piped
 	} else if piped != nil {
@@ -239,14 +243,33 @@ func (p *passage) verdict() error {
 	if <-p.inspected; p.wrong != nil {
 		return p.wrong
 	}
+	digest := acproxy.Digest(p.sum.Sum(nil))
+	if err := p.checkChange(digest); err != nil {
+		return err
+	}
 	p.done = true
-	said := Decision{Event: EventPassed, Outcome: trust.Accepted.String(), Ref: p.ref, Source: p.source, RktWarning: acceptance.RktWarning}
+	said := Decision{
+		Event: EventPassed, Outcome: trust.Accepted.String(), Ref: p.ref, ImageID: p.found.ID, Digest: digest, Source: p.source, RktWarning: acceptance.RktWarning,
+	}
 	for _, s := range acceptance.Signers {
 		said.Signers = append(said.Signers, string(s.Fingerprint))
 	}
 	p.f.decided(said)
 	p.f.log.Warn("an image was passed on and not kept: the store has no room for it", "ref", p.ref, "bytes", p.came, "source", p.source)
 	return nil
+}
+
+// checkChange asks whether the version of this image is held as another image, as for one that is kept. That these bytes are quarantined need not be asked:
+// their inspection has just ended well.
+func (p *passage) checkChange(digest acproxy.Digest) error {
+	full, err := acproxy.NewRef(p.found.Manifest.Name, p.found.Manifest.Labels)
+	if err != nil {
+		return nil
+	}
+	return p.f.checkVersion(p.ctx, candidate{
+		ref: full, digest: digest, source: p.source, onChange: p.policy.OnChange,
+		identify: func() (acproxy.ImageID, error) { return p.found.ID, nil },
+	})
 }
 
 func (p *passage) etag() string { return etag(true, sha256.Sum256(p.signature), acproxy.Digest{}) }

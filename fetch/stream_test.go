@@ -3,6 +3,7 @@ package fetch
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -56,7 +57,9 @@ func TestWithoutRoomAnImageIsPassedOn(t *testing.T) {
 				t.Errorf("%d bytes (right: %v), %v, %v", len(got), bytes.Equal(got, blob), status, err)
 			}
 		}
-		s.await("the passing", func(d Decision) bool { return d.Event == EventPassed && d.Ref == s.app("1.0") && len(d.Signers) == 1 })
+		s.await("the passing", func(d Decision) bool {
+			return d.Event == EventPassed && d.Ref == s.app("1.0") && len(d.Signers) == 1 && d.ImageID == idOf(t, blob) && d.Digest == sha256.Sum256(blob)
+		})
 		s.idle()
 		s.wantNothingKept()
 	}
@@ -83,6 +86,33 @@ func TestNoUnverifiedBytePassesWhole(t *testing.T) {
 			s.idle()
 			s.wantNothingKept()
 		})
+	}
+}
+
+// TestAChangedVersionIsNotPassedOn: what would not be kept is not passed on either.
+func TestAChangedVersionIsNotPassedOn(t *testing.T) {
+	for _, policy := range []OnChange{RefuseChange, FollowChange} {
+		s := newScene(t, policies(Policy{OnFull: StreamFull, OnChange: policy}))
+		sp, ref := spec("1.0", badSize), s.app("1.0")
+		s.want(ref, s.publish(sp), Miss)
+		s.idle()
+		s.spoil(ref)
+		s.change = append(s.change, full)
+		s.restart()
+		sp.Seed = 1
+		other := s.publish(sp)
+		got, _, err := s.pass(ref)
+		if policy == FollowChange {
+			if err != nil || !bytes.Equal(got, other) {
+				t.Errorf("followed: %d bytes, %v", len(got), err)
+			}
+			continue
+		}
+		wantError(t, err, acproxy.ErrRefused, "changed-upstream")
+		if len(got) > len(other)-DefaultHoldBack {
+			t.Errorf("%d bytes were delivered of %d", len(got), len(other))
+		}
+		s.await("the refusal", func(d Decision) bool { return d.Event == EventRefused && d.Outcome == "changed-upstream" })
 	}
 }
 
