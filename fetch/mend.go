@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
@@ -25,31 +28,50 @@ type Mended struct {
 	Mended int // of these are whole again
 }
 
-// Mend fetches the images again whose bytes the store has lost, one after the other, the pinned ones first. It dials nobody for those that are to be
-// served offline. That an image can't be had is logged; the next call tries again.
+// mendAtOnce is how many images Mend fetches at once: few, as nodes want the places that there are for flights, and several, so that a publisher that stalls
+// doesn't keep the images of others waiting.
+const mendAtOnce = 4
+
+// Mend fetches the images again whose bytes the store has lost, a few at a time, the pinned ones first. They take their turns in the queue like anything else
+// that is fetched. It dials nobody for those that are to be served offline. That an image can't be had is logged; the next call tries again.
 func (f *Fetcher) Mend(ctx context.Context) (Mended, error) {
 	records, err := f.cfg.Store.Lost()
 	if err != nil {
 		return Mended{}, err
 	}
 	slices.SortStableFunc(records, func(a, b cache.Record) int { return -cmp.Compare(weight(a), weight(b)) })
-	counted := Mended{Lost: len(records)}
+	var mended atomic.Int64
+	var group errgroup.Group
+	group.SetLimit(mendAtOnce)
 	for _, rec := range records {
 		if ctx.Err() != nil {
-			return counted, context.Cause(ctx)
+			break
 		}
-		err := f.Refetch(ctx, rec)
-		switch {
-		case err == nil:
-			counted.Mended++
-			f.log.Info("an image that was lost is whole again", "name", rec.Name, "digest", rec.Digest)
-		case errors.Is(err, acproxy.ErrOffline):
-			f.log.Debug("an image that is lost stays so while offline", "name", rec.Name, "digest", rec.Digest)
-		case ctx.Err() == nil:
-			f.log.Warn("an image that is lost could not be fetched again", "name", rec.Name, "digest", rec.Digest, "err", err)
-		}
+		// Each ends with its fetch, or with ctx; waited for below.
+		group.Go(func() error {
+			if f.mend(ctx, rec) {
+				mended.Add(1)
+			}
+			return nil
+		})
 	}
-	return counted, nil
+	// None of them fails: that an image can't be had is no reason to leave the others.
+	_ = group.Wait()
+	return Mended{Lost: len(records), Mended: int(mended.Load())}, context.Cause(ctx)
+}
+
+// mend fetches a lost image again and reports whether it is whole.
+func (f *Fetcher) mend(ctx context.Context, rec cache.Record) bool {
+	err := f.Refetch(ctx, rec)
+	switch {
+	case err == nil:
+		f.log.Info("an image that was lost is whole again", "name", rec.Name, "digest", rec.Digest)
+	case errors.Is(err, acproxy.ErrOffline):
+		f.log.Debug("an image that is lost stays so while offline", "name", rec.Name, "digest", rec.Digest)
+	case ctx.Err() == nil:
+		f.log.Warn("an image that is lost could not be fetched again", "name", rec.Name, "digest", rec.Digest, "err", err)
+	}
+	return err == nil
 }
 
 func weight(rec cache.Record) int {

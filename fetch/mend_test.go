@@ -1,6 +1,8 @@
 package fetch
 
 import (
+	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +12,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/internal/aci/acitest"
+	"github.com/acproxy/acproxy/test/publisher"
 )
 
 // spoil changes a bit of an image's bytes behind the store's back and has it notice.
@@ -194,4 +197,47 @@ func TestCarriedInPlaceOfALostVersion(t *testing.T) {
 	s.f.Change(by(Policy{}))
 	_, err = s.f.Take(t.Context(), other, s.unread)
 	wantError(t, err, acproxy.ErrRefused, "changed-upstream")
+}
+
+// TestLostImagesWaitForFewOthers has images mended while others stall, as many as may be under way at once, and no more.
+func TestLostImagesWaitForFewOthers(t *testing.T) {
+	for _, stalled := range []int{mendAtOnce - 1, mendAtOnce} {
+		t.Run(fmt.Sprintf("%d stall", stalled), func(t *testing.T) {
+			s := newScene(t)
+			for i := range stalled + 1 {
+				ref := s.app(fmt.Sprintf("%d.0", i))
+				s.want(ref, s.publish(spec(ref.Version(), 100_000)), Miss)
+				s.idle()
+				s.eventually("the inspection is noted", func() bool { return s.record(ref).Inspected })
+				rec := s.spoil(ref)
+				// Those that are pinned come first.
+				if err := s.store.Update(t.Context(), rec.Digest, func(r *cache.Record) error { r.Pinned = i < stalled; return nil }); err != nil {
+					t.Fatal(err)
+				}
+			}
+			last := s.app(fmt.Sprintf("%d.0", stalled))
+			trouble := s.pub.Misbehave(func(r *http.Request) bool {
+				return strings.HasSuffix(r.URL.Path, ".aci") && !strings.Contains(r.URL.Path, "/"+last.Version()+"/")
+			}, publisher.Fault{StallAfter: publisher.At(50_000)})
+			ended := make(chan Mended, 1)
+			// Ends with Mend; waited for below.
+			go func() {
+				got, err := s.f.Mend(t.Context())
+				if err != nil {
+					t.Error(err)
+				}
+				ended <- got
+			}()
+			s.eventually("the stall of those that come first", func() bool { return trouble.Applied() == stalled })
+			if stalled < mendAtOnce {
+				s.eventually("the mending of the last one", func() bool { _, _, err := s.store.Resolve(t.Context(), last); return err == nil })
+			} else if flights := s.f.Flights(); len(flights) != stalled {
+				t.Errorf("under way are %+v, want those that stall", flights)
+			}
+			trouble.Release()
+			if got := <-ended; got != (Mended{Lost: stalled + 1, Mended: stalled + 1}) {
+				t.Errorf("Mend = %+v", got)
+			}
+		})
+	}
 }
