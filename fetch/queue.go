@@ -27,8 +27,8 @@ const (
 const queueRetryAfter = 10 * time.Second
 
 // A queue lets only so many flights go on at once. Those that wait take turns by client, so that one who asks for a thousand images doesn't keep the
-// others waiting, and half of the places at most are for images of one host, so that a slow publisher doesn't keep the others' waiting either. It
-// is safe for concurrent use.
+// others waiting, and half of the places at most are for images of one host, so that a slow publisher doesn't keep the others' waiting either. Nor
+// can one client have the queue for itself: when it is full, whoever has the most waiting makes room for those who have less. It is safe for concurrent use.
 type queue struct {
 	places, perHost int
 	length          int           // how many may wait
@@ -44,7 +44,8 @@ type queue struct {
 
 type waiter struct {
 	host string
-	in   chan struct{} // closed when it has its place
+	told chan struct{} // closed when it has its place, or has had to give way
+	away bool          // it had to give way
 }
 
 func newQueue(places, length int, patience time.Duration) *queue {
@@ -55,13 +56,13 @@ func newQueue(places, length int, patience time.Duration) *queue {
 }
 
 // enter waits for a place. It returns what gives the place back, to be called once; or an error matching [acproxy.ErrBusy] if too many wait
-// already, or the waiting takes too long, or the error of ctx.
+// already, or it has to give way to another client's, or the waiting takes too long, or the error of ctx.
 func (q *queue) enter(ctx context.Context, client, host string) (leave func(), err error) {
-	w := &waiter{host: host, in: make(chan struct{})}
+	w := &waiter{host: host, told: make(chan struct{})}
 	q.mu.Lock()
-	if waits := q.busy >= q.places || q.hosts[host] >= q.perHost; waits && q.n >= q.length {
+	if waits := q.busy >= q.places || q.hosts[host] >= q.perHost; waits && q.n >= q.length && !q.makeRoom(client) {
 		q.mu.Unlock()
-		return nil, busy(codeQueueFull, "%d images are being fetched and %d wait for their turn, which is all that fetch.max_flights and fetch.max_queue allow", q.places, q.length)
+		return nil, q.full()
 	}
 	if len(q.waiting[client]) == 0 {
 		q.turns = append(q.turns, client)
@@ -73,7 +74,10 @@ func (q *queue) enter(ctx context.Context, client, host string) (leave func(), e
 	timeout := time.NewTimer(q.patience)
 	defer timeout.Stop()
 	select {
-	case <-w.in:
+	case <-w.told:
+		if w.away {
+			return nil, q.full()
+		}
 		return func() { q.leave(host) }, nil
 	case <-ctx.Done():
 		err = context.Cause(ctx)
@@ -82,6 +86,10 @@ func (q *queue) enter(ctx context.Context, client, host string) (leave func(), e
 	}
 	q.giveUp(client, w)
 	return nil, err
+}
+
+func (q *queue) full() error {
+	return busy(codeQueueFull, "%d images are being fetched and %d wait for their turn, which is all that fetch.max_flights and fetch.max_queue allow", q.places, q.length)
 }
 
 func busy(code, format string, args ...any) error {
@@ -109,8 +117,10 @@ func (q *queue) giveUp(client string, w *waiter) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	select {
-	case <-w.in:
-		q.free(w.host)
+	case <-w.told:
+		if !w.away {
+			q.free(w.host)
+		}
 	default:
 		q.remove(client, slices.Index(q.waiting[client], w))
 	}
@@ -131,8 +141,28 @@ func (q *queue) admit() {
 		}
 		q.busy++
 		q.hosts[w.host]++
-		close(w.in)
+		close(w.told)
 	}
+}
+
+// makeRoom has the last one of the client with the most waiting give way to another client's, and reports whether it has. What comes has to have at least two
+// fewer: with one less, the two would drive each other out for ever. The caller holds mu.
+func (q *queue) makeRoom(client string) bool {
+	var most string
+	for _, c := range q.turns {
+		if len(q.waiting[c]) >= len(q.waiting[most]) {
+			most = c
+		}
+	}
+	last := len(q.waiting[most]) - 1
+	if last <= len(q.waiting[client]) {
+		return false
+	}
+	w := q.waiting[most][last]
+	q.remove(most, last)
+	w.away = true
+	close(w.told)
+	return true
 }
 
 // next returns whose turn it is and which of his may come in, -1 if none. The caller holds mu.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -111,6 +112,48 @@ func TestQueue(t *testing.T) {
 		c.out("first")
 		c.want("first, third: queue-full, second")
 	}))
+	t.Run("who has the most waiting gives way", queued(1, 4, func(c *comers) {
+		ctx := c.t.Context()
+		for _, who := range []string{"a1", "a2", "a3", "a4", "a5"} {
+			c.enter(ctx, who, "a", "x")
+		}
+		c.enter(ctx, "b1", "b", "x")
+		c.enter(ctx, "a6", "a", "x")
+		c.enter(ctx, "b2", "b", "x")
+		c.enter(ctx, "b3", "b", "x")
+		c.want("a1, a5: queue-full, a6: queue-full, a4: queue-full, b3: queue-full")
+		for _, who := range []string{"a1", "a2", "b1", "a3"} {
+			c.out(who)
+		}
+		c.want("a1, a5: queue-full, a6: queue-full, a4: queue-full, b3: queue-full, a2, b1, a3, b2")
+	}))
+	t.Run("among those who have the most, it is the one whose turn is last", queued(1, 4, func(c *comers) {
+		for _, who := range []string{"in", "a1", "b1", "a2", "b2", "c1"} {
+			c.enter(c.t.Context(), who, who[:1], "x")
+		}
+		c.want("in, b2: queue-full")
+		for _, who := range []string{"in", "a1", "b1", "c1"} {
+			c.out(who)
+		}
+		c.want("in, b2: queue-full, a1, b1, c1, a2")
+	}))
+	t.Run("who would have only one less doesn't make it give way", queued(1, 2, func(c *comers) {
+		for _, who := range []string{"in", "a1", "b1", "c1"} {
+			c.enter(c.t.Context(), who, who[:1], "x")
+		}
+		c.want("in, c1: queue-full")
+		c.out("in")
+		c.out("a1")
+	}))
+	t.Run("who leaves in the moment of giving way has no place to give back", queued(1, 4, func(c *comers) {
+		c.enter(c.t.Context(), "in", "a", "x")
+		w := &waiter{host: "x", told: make(chan struct{}), away: true}
+		close(w.told)
+		c.q.giveUp("a", w)
+		if c.q.busy != 1 {
+			c.t.Errorf("%d are in, want 1", c.q.busy)
+		}
+	}))
 	t.Run("who waits for a host counts, though there are places", queued(4, 1, func(c *comers) {
 		for _, who := range []string{"x1", "x2", "x3", "x4"} {
 			c.enter(c.t.Context(), who, "a", "x")
@@ -151,8 +194,10 @@ func TestQueue(t *testing.T) {
 }
 
 // TestQueueAgainstItsPromise lets many come and go at random: never are more in than there are places, nor more than half of them of one host, no
-// place is ever lost, and nobody is forgotten.
+// place is ever lost, and nobody is forgotten. No more wait than may, and whoever is sent away is of a client that has as many waiting as any other, but for
+// one; if it waited already, it is the last of its client's, and who came instead has no more waiting than that.
 func TestQueueAgainstItsPromise(t *testing.T) {
+	refused, gaveWay := 0, 0
 	for seed := range uint64(50) {
 		synctest.Test(t, func(t *testing.T) {
 			random := rand.New(rand.NewPCG(seed, 0))
@@ -160,17 +205,56 @@ func TestQueueAgainstItsPromise(t *testing.T) {
 			q := newQueue(places, length, time.Minute)
 			var mu sync.Mutex
 			in, hosts, outcomes := 0, map[string]int{}, map[string]int{}
+			came, newcomer := 0, ""       // how many, and of which client the last one
+			waiting := map[string][]int{} // by client, as they came
+			// sentAway looks at the queue in the moment in which somebody is told that it is full.
+			sentAway := func(number int, client string) {
+				q.mu.Lock()
+				defer q.mu.Unlock()
+				if q.n > q.length {
+					t.Errorf("seed %d: %d wait where %d may", seed, q.n, q.length)
+				}
+				has := len(q.waiting[client])
+				for c, others := range q.waiting {
+					if len(others) > has+1 {
+						t.Errorf("seed %d: one of %s was sent away, which has %d waiting, and %s has %d", seed, client, has, c, len(others))
+					}
+				}
+				if number == came {
+					refused++
+					return
+				}
+				gaveWay++
+				if has > 0 && slices.Max(waiting[client]) > number {
+					t.Errorf("seed %d: of %s, %d had to give way while %v wait", seed, client, number, waiting[client])
+				}
+				if client == newcomer || len(q.waiting[newcomer]) > has {
+					t.Errorf("seed %d: one of %s, which has %d left, gave way to %s, which now has %d", seed, client, has, newcomer, len(q.waiting[newcomer]))
+				}
+			}
 			var all sync.WaitGroup
-			for range 200 {
-				client, host := fmt.Sprint("c", random.IntN(4)), fmt.Sprint("h", random.IntN(3))
+			for i := range 200 {
+				// Some come more often than others.
+				client, host := fmt.Sprint("c", random.IntN(1+random.IntN(4))), fmt.Sprint("h", random.IntN(3))
 				comes, stays, patience := random.IntN(300), random.IntN(40), random.IntN(100)
 				all.Go(func() {
-					time.Sleep(time.Duration(comes) * time.Second)
+					// No two things happen in the same moment.
+					time.Sleep(time.Duration(comes)*time.Second + time.Duration(i)*time.Millisecond)
 					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(patience)*time.Second)
 					defer cancel()
+					mu.Lock()
+					came++
+					number := came
+					newcomer = client
+					waiting[client] = append(waiting[client], number)
+					mu.Unlock()
 					leave, err := q.enter(ctx, client, host)
 					mu.Lock()
+					waiting[client] = slices.DeleteFunc(waiting[client], func(n int) bool { return n == number })
 					if err != nil {
+						if acproxy.Code(err) == codeQueueFull {
+							sentAway(number, client)
+						}
 						outcomes[acproxy.Code(err)]++
 						mu.Unlock()
 						return
@@ -202,5 +286,8 @@ func TestQueueAgainstItsPromise(t *testing.T) {
 				t.Errorf("seed %d: %v", seed, outcomes)
 			}
 		})
+	}
+	if refused == 0 || gaveWay == 0 {
+		t.Errorf("%d found the queue full and %d had to give way: this asked for nothing", refused, gaveWay)
 	}
 }

@@ -548,7 +548,8 @@ type Fetch struct {
 	// Images that publishers are asked for at once, and half of that for the images of one host.
 	MaxFlights int `yaml:"max_flights"`
 
-	// Images that wait for their turn beyond that. Clients take turns. Whoever comes when it is full is answered with 503 and Retry-After.
+	// Images that wait for their turn beyond that. Clients take turns. When it is full, the last one of the client with the most waiting gives way to
+	// a client with fewer, or else what comes is sent away: with 503 and Retry-After.
 	MaxQueue int `yaml:"max_queue"`
 
 	// How long an image waits for its turn.
