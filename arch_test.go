@@ -29,11 +29,12 @@ var layers = map[string][]string{
 	"discovery": {".", "internal/tracing", "internal/web"},
 	"trust":     {".", "internal/durable"},
 	"cache":     {".", "internal/durable"},
-	"fetch":     {".", "discovery", "trust", "cache", "internal/aci", "internal/memo", "internal/tracing", "internal/web"},
+	"fetch":     {".", "discovery", "trust", "cache", "internal/aci", "internal/memo", "internal/queue", "internal/tracing", "internal/web"},
 
 	// What the nouns stand on.
 	"internal/durable": {},
 	"internal/memo":    {},
+	"internal/queue":   {"."},
 	"internal/reread":  {},
 	"internal/listen":  {},
 	"internal/web":     {".", "internal/tracing"},

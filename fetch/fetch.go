@@ -22,6 +22,7 @@ import (
 	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/internal/aci"
 	"github.com/acproxy/acproxy/internal/memo"
+	"github.com/acproxy/acproxy/internal/queue"
 	"github.com/acproxy/acproxy/internal/web"
 	"github.com/acproxy/acproxy/trust"
 )
@@ -33,6 +34,9 @@ const (
 	DefaultSignatureWait = 30 * time.Second
 	DefaultNegativeTTL   = 30 * time.Second
 	DefaultDiscoveryTTL  = 10 * time.Minute
+	DefaultMaxFlights    = 64
+	DefaultMaxQueue      = 1000
+	DefaultQueueWait     = time.Minute
 )
 
 // Config is what a Fetcher works with. Its fields may not change after New.
@@ -101,7 +105,7 @@ type Fetcher struct {
 	// can't.
 	barred sync.Map
 	bars   atomic.Uint64 // how often one was added
-	queue  *queue
+	queue  *queue.Queue
 	// publishing has publications of the same name wait for one another.
 	publishing turns
 
@@ -137,11 +141,14 @@ func New(cfg Config) *Fetcher {
 		negative:   gocache.New(cfg.NegativeTTL, 0),
 		sticky:     gocache.New(stickyFor, 0),
 		signatures: memo.New[acproxy.Digest, []byte](maxMemoSignatures),
-		queue:      newQueue(int(cfg.MaxFlights), int(max(cfg.MaxQueue, 0)), cfg.QueueWait),
-		flights:    make(map[acproxy.Ref]*flight),
-		downloads:  make(map[string]*download),
-		learning:   make(map[string]bool),
-		retry:      make(map[acproxy.Ref]time.Time),
+		queue: queue.New(queue.Config{
+			Places: int(cfg.MaxFlights), Length: int(max(cfg.MaxQueue, 0)), Patience: cfg.QueueWait,
+			Doing: "images are being fetched", PlacesName: "fetch.max_flights", LengthName: "fetch.max_queue", PatienceName: "fetch.queue_wait",
+		}),
+		flights:   make(map[acproxy.Ref]*flight),
+		downloads: make(map[string]*download),
+		learning:  make(map[string]bool),
+		retry:     make(map[acproxy.Ref]time.Time),
 	}
 	if f.log == nil {
 		f.log = slog.Default()

@@ -143,7 +143,7 @@ var errClosed = &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Det
 func (f *Fetcher) fly(ctx context.Context, fl *flight) {
 	var trace acproxy.Trace
 	_, queued := tracing.Start(ctx, "queue")
-	leave, err := f.queue.enter(ctx, fl.client, fl.ref.Host())
+	leave, err := f.queue.Enter(ctx, fl.client, fl.ref.Host())
 	queued.End(err)
 	if err == nil {
 		// Whose bytes come with another flight needs no place of its own.

@@ -71,7 +71,7 @@ type passage struct {
 
 // stream begins to pass an image on, without keeping it, or only gets its signature. The caller closes what it returns.
 func (f *Fetcher) stream(ctx context.Context, req Request, onlySignature bool) (*passage, error) {
-	leave, err := f.queue.enter(ctx, req.Client, req.Ref.Host())
+	leave, err := f.queue.Enter(ctx, req.Client, req.Ref.Host())
 	if err != nil {
 		return nil, err
 	}

@@ -1,4 +1,5 @@
-package fetch
+// Package queue has those wait for their turn for whom there is no place.
+package queue
 
 import (
 	"context"
@@ -10,29 +11,32 @@ import (
 	"github.com/acproxy/acproxy"
 )
 
-// Defaults of a [Config].
+// The codes of errors.
 const (
-	DefaultMaxFlights = 64
-	DefaultMaxQueue   = 1000
-	DefaultQueueWait  = time.Minute
+	codeFull = "queue-full"
+	codeSlow = "queue-slow"
 )
 
-// The codes of errors about the queue.
-const (
-	codeQueueFull = "queue-full"
-	codeQueueSlow = "queue-slow"
-)
+// retryAfter is when it is worth asking again where the queue was full.
+const retryAfter = 10 * time.Second
 
-// queueRetryAfter is when it is worth asking again where the queue was full.
-const queueRetryAfter = 10 * time.Second
+// Config says how a Queue works.
+type Config struct {
+	Places   int           // how many may be in at once, half of them, but one at least, for the same host
+	Length   int           // how many may wait; 0 means none
+	Patience time.Duration // for how long they wait
 
-// A queue lets only so many flights go on at once. Those that wait take turns by client, so that one who asks for a thousand images doesn't keep the
-// others waiting, and half of the places at most are for images of one host, so that a slow publisher doesn't keep the others' waiting either. Nor
-// can one client have the queue for itself: when it is full, whoever has the most waiting makes room for those who have less. It is safe for concurrent use.
-type queue struct {
-	places, perHost int
-	length          int           // how many may wait
-	patience        time.Duration // for how long
+	// What errors say: what those do who are in, as in "images are being fetched", and what the settings of the three above are called.
+	Doing                                string
+	PlacesName, LengthName, PatienceName string
+}
+
+// A Queue lets only so many in at once. Those that wait take turns by client, so that one who asks for a thousand images doesn't keep the
+// others waiting, and half of the places at most are for one host, so that a slow publisher doesn't keep the others' waiting either. Nor can one client
+// have the queue for itself: when it is full, whoever has the most waiting makes room for those who have less. It is safe for concurrent use.
+type Queue struct {
+	cfg     Config
+	perHost int
 
 	mu      sync.Mutex
 	busy    int
@@ -48,19 +52,17 @@ type waiter struct {
 	away bool          // it had to give way
 }
 
-func newQueue(places, length int, patience time.Duration) *queue {
-	return &queue{
-		places: places, perHost: max(places/2, 1), length: length, patience: patience,
-		hosts: make(map[string]int), waiting: make(map[string][]*waiter),
-	}
+// New returns a Queue without anybody in it.
+func New(cfg Config) *Queue {
+	return &Queue{cfg: cfg, perHost: max(cfg.Places/2, 1), hosts: make(map[string]int), waiting: make(map[string][]*waiter)}
 }
 
-// enter waits for a place. It returns what gives the place back, to be called once; or an error matching [acproxy.ErrBusy] if too many wait
+// Enter waits for a place. It returns what gives the place back, to be called once; or an error matching [acproxy.ErrBusy] if too many wait
 // already, or it has to give way to another client's, or the waiting takes too long, or the error of ctx.
-func (q *queue) enter(ctx context.Context, client, host string) (leave func(), err error) {
+func (q *Queue) Enter(ctx context.Context, client, host string) (leave func(), err error) {
 	w := &waiter{host: host, told: make(chan struct{})}
 	q.mu.Lock()
-	if waits := q.busy >= q.places || q.hosts[host] >= q.perHost; waits && q.n >= q.length && !q.makeRoom(client) {
+	if waits := q.busy >= q.cfg.Places || q.hosts[host] >= q.perHost; waits && q.n >= q.cfg.Length && !q.makeRoom(client) {
 		q.mu.Unlock()
 		return nil, q.full()
 	}
@@ -71,7 +73,7 @@ func (q *queue) enter(ctx context.Context, client, host string) (leave func(), e
 	q.n++
 	q.admit()
 	q.mu.Unlock()
-	timeout := time.NewTimer(q.patience)
+	timeout := time.NewTimer(q.cfg.Patience)
 	defer timeout.Stop()
 	select {
 	case <-w.told:
@@ -82,29 +84,29 @@ func (q *queue) enter(ctx context.Context, client, host string) (leave func(), e
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	case <-timeout.C:
-		err = busy(codeQueueSlow, "its turn did not come within %v (fetch.queue_wait): %d images are being fetched (fetch.max_flights)", q.patience, q.places)
+		err = busy(codeSlow, "its turn did not come within %v (%s): %d %s (%s)", q.cfg.Patience, q.cfg.PatienceName, q.cfg.Places, q.cfg.Doing, q.cfg.PlacesName)
 	}
 	q.giveUp(client, w)
 	return nil, err
 }
 
-func (q *queue) full() error {
-	return busy(codeQueueFull, "%d images are being fetched and %d wait for their turn, which is all that fetch.max_flights and fetch.max_queue allow", q.places, q.length)
+func (q *Queue) full() error {
+	return busy(codeFull, "%d %s and %d wait for their turn, which is all that %s and %s allow", q.cfg.Places, q.cfg.Doing, q.cfg.Length, q.cfg.PlacesName, q.cfg.LengthName)
 }
 
 func busy(code, format string, args ...any) error {
-	return &acproxy.Error{Kind: acproxy.ErrBusy, Code: code, Detail: fmt.Sprintf(format, args...), RetryAfter: queueRetryAfter}
+	return &acproxy.Error{Kind: acproxy.ErrBusy, Code: code, Detail: fmt.Sprintf(format, args...), RetryAfter: retryAfter}
 }
 
 // leave gives a place back.
-func (q *queue) leave(host string) {
+func (q *Queue) leave(host string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.free(host)
 }
 
 // free gives a place back and lets the next ones in. The caller holds mu.
-func (q *queue) free(host string) {
+func (q *Queue) free(host string) {
 	q.busy--
 	if q.hosts[host]--; q.hosts[host] == 0 {
 		delete(q.hosts, host)
@@ -113,7 +115,7 @@ func (q *queue) free(host string) {
 }
 
 // giveUp takes a waiter out, or gives back the place that it has got in this moment.
-func (q *queue) giveUp(client string, w *waiter) {
+func (q *Queue) giveUp(client string, w *waiter) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	select {
@@ -127,8 +129,8 @@ func (q *queue) giveUp(client string, w *waiter) {
 }
 
 // admit gives the places that are free to those whose turn it is. The caller holds mu.
-func (q *queue) admit() {
-	for q.busy < q.places {
+func (q *Queue) admit() {
+	for q.busy < q.cfg.Places {
 		turn, i := q.next()
 		if turn < 0 {
 			return
@@ -147,7 +149,7 @@ func (q *queue) admit() {
 
 // makeRoom has the last one of the client with the most waiting give way to another client's, and reports whether it has. What comes has to have at least two
 // fewer: with one less, the two would drive each other out for ever. The caller holds mu.
-func (q *queue) makeRoom(client string) bool {
+func (q *Queue) makeRoom(client string) bool {
 	var most string
 	for _, c := range q.turns {
 		if len(q.waiting[c]) >= len(q.waiting[most]) {
@@ -166,7 +168,7 @@ func (q *queue) makeRoom(client string) bool {
 }
 
 // next returns whose turn it is and which of his may come in, -1 if none. The caller holds mu.
-func (q *queue) next() (turn, i int) {
+func (q *Queue) next() (turn, i int) {
 	for turn, client := range q.turns {
 		i := slices.IndexFunc(q.waiting[client], func(w *waiter) bool { return q.hosts[w.host] < q.perHost })
 		if i >= 0 {
@@ -177,7 +179,7 @@ func (q *queue) next() (turn, i int) {
 }
 
 // remove takes the i-th waiter of a client out, and the client if it was the last. The caller holds mu.
-func (q *queue) remove(client string, i int) {
+func (q *Queue) remove(client string, i int) {
 	q.n--
 	rest := slices.Delete(q.waiting[client], i, i+1)
 	if len(rest) > 0 {

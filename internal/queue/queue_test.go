@@ -1,4 +1,4 @@
-package fetch
+package queue
 
 import (
 	"context"
@@ -18,7 +18,7 @@ import (
 // comers enter a queue and tell in which order they were let in.
 type comers struct {
 	t     *testing.T
-	q     *queue
+	q     *Queue
 	mu    sync.Mutex
 	order []string
 	leave map[string]func()
@@ -27,7 +27,7 @@ type comers struct {
 // enter lets somebody wait, and returns when he waits or is in.
 func (c *comers) enter(ctx context.Context, who, client, host string) {
 	go func() {
-		leave, err := c.q.enter(ctx, client, host)
+		leave, err := c.q.Enter(ctx, client, host)
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if err != nil {
@@ -68,7 +68,7 @@ func TestQueue(t *testing.T) {
 	queued := func(places, length int, run func(c *comers)) func(*testing.T) {
 		return func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := &comers{t: t, q: newQueue(places, length, time.Minute), leave: make(map[string]func())}
+				c := &comers{t: t, q: New(Config{Places: places, Length: length, Patience: time.Minute}), leave: make(map[string]func())}
 				run(c)
 				if q := c.q; q.n != 0 || len(q.turns) != 0 || len(q.waiting) != 0 {
 					t.Errorf("there still wait %d, %v, %v", q.n, q.turns, q.waiting)
@@ -202,7 +202,7 @@ func TestQueueAgainstItsPromise(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			random := rand.New(rand.NewPCG(seed, 0))
 			places, length := 1+random.IntN(6), random.IntN(20)
-			q := newQueue(places, length, time.Minute)
+			q := New(Config{Places: places, Length: length, Patience: time.Minute})
 			var mu sync.Mutex
 			in, hosts, outcomes := 0, map[string]int{}, map[string]int{}
 			came, newcomer := 0, ""       // how many, and of which client the last one
@@ -211,8 +211,8 @@ func TestQueueAgainstItsPromise(t *testing.T) {
 			sentAway := func(number int, client string) {
 				q.mu.Lock()
 				defer q.mu.Unlock()
-				if q.n > q.length {
-					t.Errorf("seed %d: %d wait where %d may", seed, q.n, q.length)
+				if q.n > length {
+					t.Errorf("seed %d: %d wait where %d may", seed, q.n, length)
 				}
 				has := len(q.waiting[client])
 				for c, others := range q.waiting {
@@ -248,11 +248,11 @@ func TestQueueAgainstItsPromise(t *testing.T) {
 					newcomer = client
 					waiting[client] = append(waiting[client], number)
 					mu.Unlock()
-					leave, err := q.enter(ctx, client, host)
+					leave, err := q.Enter(ctx, client, host)
 					mu.Lock()
 					waiting[client] = slices.DeleteFunc(waiting[client], func(n int) bool { return n == number })
 					if err != nil {
-						if acproxy.Code(err) == codeQueueFull {
+						if acproxy.Code(err) == codeFull {
 							sentAway(number, client)
 						}
 						outcomes[acproxy.Code(err)]++
