@@ -1,11 +1,16 @@
 package web
 
 import (
+	"context"
+	"errors"
 	"io"
+	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/acproxy/acproxy"
 )
@@ -108,4 +113,39 @@ func TestWhatIsNotAskedAgain(t *testing.T) {
 			t.Errorf("Get = %v, asked %d times; want an error after one", err, asked.Load())
 		}
 	})
+}
+
+// TestHandshakeEndsWithItsRequest: a publisher that accepts connections and says nothing has none from us that nobody waits for.
+func TestHandshakeEndsWithItsRequest(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	c := client(t, Config{Hosts: map[string]string{"example.com": silent.Addr().String()}})
+	ctx, leave := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() {
+		_, _, err := c.Get(ctx, "example.com/app", "page", "https://example.com/", nil)
+		done <- err
+	}()
+	conn, err := silent.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	// It has begun to shake hands.
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	leave()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("error = %v", err)
+	}
+	if err := conn.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection is still there")
+	}
 }

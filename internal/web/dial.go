@@ -138,6 +138,9 @@ func (r *route) dial(ctx context.Context, network, addr string) (net.Conn, error
 	if err != nil && ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
+	if err == nil {
+		shake(ctx, conn)
+	}
 	return conn, err
 }
 
