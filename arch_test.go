@@ -26,7 +26,7 @@ var layers = map[string][]string{
 	".": {},
 
 	// The nouns don't know each other.
-	"discovery": {".", "internal/tracing", "internal/web"},
+	"discovery": {".", "internal/queue", "internal/tracing", "internal/web"},
 	"trust":     {".", "internal/durable"},
 	"cache":     {".", "internal/durable"},
 	"fetch":     {".", "discovery", "trust", "cache", "internal/aci", "internal/memo", "internal/queue", "internal/tracing", "internal/web"},

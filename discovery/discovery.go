@@ -14,9 +14,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sync/singleflight"
-
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/internal/queue"
 	"github.com/acproxy/acproxy/internal/tracing"
 	"github.com/acproxy/acproxy/internal/web"
 )
@@ -27,6 +26,9 @@ const (
 	DefaultNegativeTTL = 30 * time.Second
 	DefaultMaxPages    = 10_000
 	DefaultMaxPageSize = 1 << 20
+	DefaultMaxRequests = 256
+	DefaultMaxQueue    = 1000
+	DefaultQueueWait   = time.Minute
 )
 
 // pageTimeout bounds one page as a whole. The client's own timeouts don't: a page may come a byte at a time.
@@ -60,6 +62,10 @@ type Config struct {
 	MaxPages    int           // pages remembered; 0 means DefaultMaxPages
 	MaxPageSize int64         // bytes of a page; 0 means DefaultMaxPageSize
 
+	MaxRequests int           // pages that publishers are asked for at once; 0 means DefaultMaxRequests
+	MaxQueue    int           // pages that wait for their turn beyond that; 0 means DefaultMaxQueue, less than 0 none
+	QueueWait   time.Duration // for how long they wait; 0 means DefaultQueueWait
+
 	Now func() time.Time // nil means time.Now
 }
 
@@ -68,16 +74,17 @@ type Finder struct {
 	cfg   Config
 	rules atomic.Pointer[rules]
 	pages *pages
-	group singleflight.Group
+	queue *queue.Queue
 
-	// ctx is the life of the requests in progress, which don't end with the client that asked first.
+	// ctx is the life of the requests in progress, which don't end with the client that asked first, but with the last one that waits.
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
 	mu         sync.Mutex
 	closed     bool
-	generation int // counts calls of Forget and SetRules: what was asked for before one must not be remembered after it
+	asks       map[string]*asking // pages that are being asked for, by key
+	generation int                // counts calls of Forget and SetRules: what was asked for before one must not be remembered after it
 }
 
 // rules are the rules that count until others take their place. They don't change.
@@ -103,10 +110,17 @@ func New(cfg Config) *Finder {
 	cfg.NegativeTTL = orDefault(cfg.NegativeTTL, DefaultNegativeTTL)
 	cfg.MaxPages = orDefault(cfg.MaxPages, DefaultMaxPages)
 	cfg.MaxPageSize = orDefault(cfg.MaxPageSize, DefaultMaxPageSize)
+	cfg.MaxRequests = orDefault(cfg.MaxRequests, DefaultMaxRequests)
+	cfg.MaxQueue = orDefault(cfg.MaxQueue, DefaultMaxQueue)
+	cfg.QueueWait = orDefault(cfg.QueueWait, DefaultQueueWait)
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	f := &Finder{cfg: cfg, pages: newPages(cfg.MaxPages, cfg.Now)}
+	f := &Finder{cfg: cfg, pages: newPages(cfg.MaxPages, cfg.Now), asks: make(map[string]*asking)}
+	f.queue = queue.New(queue.Config{
+		Places: cfg.MaxRequests, Length: max(cfg.MaxQueue, 0), Patience: cfg.QueueWait,
+		Doing: "discovery pages are being asked for", PlacesName: "discovery.max_requests", LengthName: "discovery.max_queue", PatienceName: "fetch.queue_wait",
+	})
 	f.rules.Store(&rules{all: inOrder(cfg.Rules)})
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	return f
@@ -202,13 +216,13 @@ func (f *Finder) Keys(ctx context.Context, name string) (Found, error) {
 
 // Forget drops what is remembered of the pages that a walk for the name looks at: its own and those of its parents.
 func (f *Finder) Forget(name string) {
-	f.mu.Lock()
-	f.generation++
-	f.mu.Unlock()
 	rule := f.ruleOf(name)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.generation++
 	for level := name; level != ""; level = parent(level) {
 		key := f.key(name, rule, level)
-		f.group.Forget(key)
+		delete(f.asks, key)
 		f.pages.forget(key)
 	}
 }
@@ -284,6 +298,20 @@ func (f *Finder) walk(ctx context.Context, name string, rule ruling, choose func
 	}
 }
 
+// clientKey is under which a context says who asks.
+type clientKey struct{}
+
+// For returns a context for what is asked on behalf of a client. Clients take turns where too much is asked for; what has none in its context takes them as
+// one client more. It is for those whose turn came already, and for what is done behind answers.
+func For(ctx context.Context, client string) context.Context {
+	return context.WithValue(ctx, clientKey{}, client)
+}
+
+func clientOf(ctx context.Context) string {
+	client, _ := ctx.Value(clientKey{}).(string)
+	return client
+}
+
 // A page is what a discovery page said. It is shared and never changed.
 type page struct {
 	url    string // as it was asked for
@@ -334,66 +362,113 @@ func (f *Finder) key(name string, rule ruling, level string) string {
 	return rule.place + " " + f.cfg.Web.Rule(name).Prefix + " " + level
 }
 
+// An asking is the asking of a publisher for one page, on behalf of everybody who wants it. Nobody who comes later is given what became of one that was called
+// off.
+type asking struct {
+	cancel  context.CancelFunc
+	waiting int // how many do; the Finder's mutex guards it
+
+	done chan struct{} // closed once the fields below are set
+	page *page
+	err  error
+}
+
 // page returns a page, remembered or asked for now. Those who want the same page at once share one request, which does not end with any of
-// them.
+// them, but with the last.
 func (f *Finder) page(ctx context.Context, name string, rule ruling, level string) (*page, error) {
 	key := f.key(name, rule, level)
+	f.mu.Lock()
 	if p := f.pages.get(key); p != nil {
+		f.mu.Unlock()
 		again := *p
 		again.cached = true
 		return &again, nil
 	}
-	done := f.group.DoChan(key, func() (any, error) {
-		// Whoever waited for the flight before this one may have missed its end by a moment.
-		if p := f.pages.get(key); p != nil {
-			return p, nil
+	a := f.asks[key]
+	if a == nil {
+		if f.closed {
+			f.mu.Unlock()
+			return nil, closing(name, nil)
 		}
-		return f.ask(tracing.Carry(f.ctx, ctx), name, rule, level, key)
-	})
+		life, cancel := context.WithCancel(tracing.Carry(f.ctx, ctx))
+		a = &asking{cancel: cancel, done: make(chan struct{})}
+		f.asks[key] = a
+		client, generation := clientOf(ctx), f.generation
+		// Ends with the publisher's answer, or when nobody waits for that any more; Close cancels it and waits for it.
+		f.wg.Go(func() {
+			defer cancel()
+			a.page, a.err = f.ask(life, client, name, rule, level)
+			f.ended(a, key, generation)
+		})
+	}
+	a.waiting++
+	f.mu.Unlock()
 	select {
-	case result := <-done:
-		if result.Err != nil {
-			return nil, result.Err
-		}
-		p, _ := result.Val.(*page)
-		return p, nil
+	case <-a.done:
+		return a.page, a.err
 	case <-ctx.Done():
+		f.leave(a, key)
 		return nil, fmt.Errorf("discovering %s: %w", name, ctx.Err())
 	}
 }
 
-// ask gets a page from its publisher and remembers it. life is the Finder's, with the trace of who asked first. Close ends it and waits for it.
-func (f *Finder) ask(life context.Context, name string, rule ruling, level, key string) (*page, error) {
+// leave has one less wait for a page, and calls the asking off if it was the last.
+func (f *Finder) leave(a *asking, key string) {
 	f.mu.Lock()
-	generation := f.generation
-	if f.closed {
-		f.mu.Unlock()
-		return nil, &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Detail: "discovery of " + name + ": the server is shutting down"}
+	defer f.mu.Unlock()
+	if a.waiting--; a.waiting == 0 {
+		f.forget(a, key)
+		a.cancel()
 	}
-	f.wg.Add(1)
-	f.mu.Unlock()
-	defer f.wg.Done()
+}
+
+// ended tells those who wait what became of an asking. A page that came is remembered, although everybody may have left in that moment.
+func (f *Finder) ended(a *asking, key string, generation int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.forget(a, key)
+	if a.err == nil && generation == f.generation {
+		if ttl := f.ttl(a.page); ttl > 0 {
+			f.pages.keep(key, a.page, ttl, !a.page.tags.none())
+		}
+	}
+	close(a.done)
+}
+
+// forget has nobody join an asking any more. The caller holds mu.
+func (f *Finder) forget(a *asking, key string) {
+	if f.asks[key] == a {
+		delete(f.asks, key)
+	}
+}
+
+func closing(name string, cause error) error {
+	return &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Detail: "discovery of " + name + ": the server is shutting down", Err: cause}
+}
+
+// ask gets a page from its publisher, when its turn has come. life ends with the Finder, and when nobody waits for the page any more.
+func (f *Finder) ask(life context.Context, client, name string, rule ruling, level string) (*page, error) {
+	host, _, _ := strings.Cut(name, "/")
+	leave, err := f.queue.Enter(life, client, host)
+	if err != nil {
+		if f.ctx.Err() != nil {
+			err = closing(name, err)
+		}
+		return nil, err
+	}
+	defer leave()
 	ctx, cancel := context.WithTimeout(life, pageTimeout)
 	defer cancel()
-
 	p, err := f.fetch(ctx, name, rule.Rule, level)
 	switch {
 	case err != nil && f.ctx.Err() != nil:
-		return nil, &acproxy.Error{Kind: acproxy.ErrBusy, Code: "shutting-down", Detail: "discovery of " + name + ": the server is shutting down", Err: err}
+		return nil, closing(name, err)
 	case err != nil && ctx.Err() != nil && !errors.Is(err, acproxy.ErrTimeout):
 		detail := fmt.Sprintf("the discovery page of %s did not arrive within %v", level, pageTimeout)
 		attempt := acproxy.Attempt{What: "discovery", URL: pageURL("https", rule.Rule, level), Err: detail}
 		return nil, &acproxy.Error{Kind: acproxy.ErrTimeout, Code: "publisher-timeout", Detail: detail, Trace: acproxy.Trace{attempt}}
-	case err != nil:
-		return nil, err
 	}
-	ttl := f.ttl(p)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if ttl > 0 && generation == f.generation {
-		f.pages.keep(key, p, ttl, !p.tags.none())
-	}
-	return p, nil
+	return p, err
 }
 
 // ttl returns how long a page is remembered. Refusals are not: whether somebody is let in changes from one moment to the next.

@@ -409,22 +409,8 @@ func TestOneRequestForAll(t *testing.T) {
 	f := finder(t, Config{}, s.web())
 	// The first one leaves before the answer comes.
 	ctx, leave := context.WithCancel(t.Context())
-	gone := make(chan error)
-	go func() {
-		_, err := f.Templates(ctx, "example.com")
-		gone <- err
-	}()
-	for len(s.peek()) == 0 {
-		select {
-		case err := <-gone:
-			t.Fatalf("Templates returned %v before the answer", err)
-		case <-time.After(time.Millisecond):
-		}
-	}
-	leave()
-	if err := <-gone; !errors.Is(err, context.Canceled) {
-		t.Errorf("error of the one who left = %v", err)
-	}
+	gone := asks(ctx, f, "example.com")
+	until(t, "it is asked", func() bool { return len(s.peek()) == 1 })
 	var wg sync.WaitGroup
 	for range clients {
 		wg.Go(func() {
@@ -433,10 +419,162 @@ func TestOneRequestForAll(t *testing.T) {
 			}
 		})
 	}
+	until(t, "all wait", func() bool { return waiting(f) == clients+1 })
+	leave()
+	if err := <-gone; !errors.Is(err, context.Canceled) {
+		t.Errorf("error of the one who left = %v", err)
+	}
 	close(s.hold)
 	wg.Wait()
 	if asked := s.took(); len(asked) != 1 {
 		t.Errorf("asked %d times, want once", len(asked))
+	}
+}
+
+// asks has the templates of a name be asked for, and returns where the error comes.
+func asks(ctx context.Context, f *Finder, name string) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		_, err := f.Templates(ctx, name)
+		done <- err
+	}()
+	return done
+}
+
+// waiting returns how many wait for pages.
+func waiting(f *Finder) (n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, a := range f.asks {
+		n += a.waiting
+	}
+	return n
+}
+
+// until waits for what happens soon.
+func until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: that doesn't happen", what)
+		}
+	}
+}
+
+// TestNobodyWaits: a page is not asked for any more when everybody who wanted it has left, and who comes then isn't told so.
+func TestNobodyWaits(t *testing.T) {
+	s := newSite(t, map[string]string{"example.com/": tag("example.com", "https://h/{name}.{ext}")})
+	s.hold = make(chan struct{})
+	wc := s.web()
+	wc.Timeout = time.Hour
+	f := finder(t, Config{MaxRequests: 1, QueueWait: 20 * time.Second}, wc)
+	ctx, leave := context.WithCancel(t.Context())
+	others, leaveToo := context.WithCancel(t.Context())
+	first, second := asks(ctx, f, "example.com"), asks(others, f, "example.com")
+	until(t, "both wait", func() bool { return waiting(f) == 2 && len(s.peek()) == 1 })
+	inLine := asks(others, f, "example.com/in/line")
+	until(t, "one waits for its turn", func() bool { return waiting(f) == 3 })
+	leave()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Errorf("error of the first who left = %v", err)
+	}
+	if n := waiting(f); n != 2 {
+		t.Errorf("%d wait, want 2", n)
+	}
+	leaveToo()
+	for _, left := range []<-chan error{second, inLine} {
+		if err := <-left; !errors.Is(err, context.Canceled) {
+			t.Errorf("error of one who left = %v", err)
+		}
+	}
+	f.mu.Lock()
+	if n := len(f.asks); n != 0 {
+		t.Errorf("%d pages are still asked for", n)
+	}
+	f.mu.Unlock()
+	s.mu.Lock()
+	s.hold = nil
+	s.mu.Unlock()
+	// There is one place, and the publisher hasn't answered who had it.
+	if found, err := f.Templates(t.Context(), "example.com"); err != nil || len(found.Templates) != 1 {
+		t.Errorf("Templates = %v, %v", found, err)
+	}
+	if asked := s.took(); !slices.Equal(asked, []string{"example.com/", "example.com/"}) {
+		t.Errorf("asked for %q, want the page twice and nothing else", asked)
+	}
+}
+
+// TestAnswerForNobody: a page that comes in the moment in which the last one leaves is remembered.
+func TestAnswerForNobody(t *testing.T) {
+	f := finder(t, Config{}, web.Config{Offline: true})
+	a := &asking{cancel: func() {}, waiting: 1, done: make(chan struct{}), page: &page{tags: Tags{Templates: []Template{{Prefix: "example.com", URL: "https://h/"}}}}}
+	f.asks["key"] = a
+	f.leave(a, "key")
+	f.ended(a, "key", 0)
+	if f.pages.get("key") != a.page {
+		t.Error("it isn't remembered")
+	}
+	// Nor does its end, nor who leaves it, concern those who ask anew.
+	f.asks["key"] = &asking{}
+	a.waiting = 1
+	f.leave(a, "key")
+	if f.asks["key"] == nil {
+		t.Error("the next asking was forgotten")
+	}
+}
+
+// TestClientsTakeTurns: so many pages are asked for at once, so many wait, and no client keeps the others out.
+func TestClientsTakeTurns(t *testing.T) {
+	s := newSite(t, map[string]string{"example.com/": tag("example.com", "https://h/{name}.{ext}")})
+	s.hold = make(chan struct{})
+	f := finder(t, Config{MaxRequests: 1, MaxQueue: 3}, s.web())
+	greedy, other := For(t.Context(), "greedy"), For(t.Context(), "other")
+	var all []<-chan error
+	for i := range 4 {
+		all = append(all, asks(greedy, f, fmt.Sprint("example.com/greedy", i)))
+		until(t, "it waits", func() bool { return waiting(f) == i+1 && len(s.peek()) == 1 })
+	}
+	_, err := f.Templates(greedy, "example.com/one/more")
+	if !errors.Is(err, acproxy.ErrBusy) || codeOf(err) != "queue-full" || !strings.Contains(err.Error(), "discovery.max_queue") {
+		t.Errorf("the queue is full: error = %v", err)
+	}
+	last := asks(other, f, "example.com/other")
+	if err := <-all[3]; codeOf(err) != "queue-full" {
+		t.Errorf("the last one of who has the most: error = %v", err)
+	}
+	s.hold <- struct{}{}
+	until(t, "the next one", func() bool { return len(s.peek()) == 2 })
+	s.hold <- struct{}{}
+	until(t, "the one after that", func() bool { return len(s.peek()) == 3 })
+	if asked := s.peek(); !slices.Contains(asked, "example.com/other") {
+		t.Errorf("asked for %q, want the other client's among them", asked)
+	}
+	close(s.hold)
+	for _, done := range append(all[:3], last) {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestNoTurn: without a queue nobody waits, and with one not for ever.
+func TestNoTurn(t *testing.T) {
+	s := newSite(t, map[string]string{"example.com/": tag("example.com", "https://h/{name}.{ext}")})
+	s.hold = make(chan struct{})
+	for _, tt := range []struct {
+		cfg  Config
+		code string
+	}{{Config{MaxRequests: 1, MaxQueue: -1}, "queue-full"}, {Config{MaxRequests: 1, QueueWait: time.Millisecond}, "queue-slow"}} {
+		f := finder(t, tt.cfg, s.web())
+		ctx, leave := context.WithCancel(t.Context())
+		s.took()
+		first := asks(ctx, f, "example.com")
+		until(t, "it is asked", func() bool { return len(s.peek()) == 1 })
+		if _, err := f.Templates(t.Context(), "example.com/a"); codeOf(err) != tt.code {
+			t.Errorf("error = %v, want %s", err, tt.code)
+		}
+		leave()
+		<-first
 	}
 }
 

@@ -157,6 +157,7 @@ func newFinder(cfg *config.Config, client *web.Client) *discovery.Finder {
 	return discovery.New(discovery.Config{
 		Web: client, Rules: discoveryRules(cfg), PositiveTTL: orNone[time.Duration](d.PositiveTTL), NegativeTTL: orNone[time.Duration](d.NegativeTTL),
 		MaxPages: d.MaxPages, MaxPageSize: int64(d.MaxPageSize),
+		MaxRequests: d.MaxRequests, MaxQueue: orNone[int](d.MaxQueue), QueueWait: time.Duration(cfg.Fetch.QueueWait),
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
+	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/access"
 	"github.com/acproxy/acproxy/internal/history"
@@ -431,7 +432,7 @@ func (v View) Discover(ctx context.Context, ref acproxy.Ref) (Discovered, error)
 	if !v.reads(ref.Name()) {
 		return Discovered{}, v.refuse("ask for images of " + ref.Name())
 	}
-	return v.s.o.Discover(ctx, ref)
+	return v.s.o.Discover(discovery.For(ctx, v.who.name()), ref)
 }
 
 // About says which server this is, and how it is.

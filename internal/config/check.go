@@ -487,6 +487,8 @@ func (c *Config) checkDiscovery(r *report) {
 	positive(r, "discovery.max_pages", c.Discovery.MaxPages, Default().Discovery.MaxPages)
 	// Pages are held in memory while they are read.
 	between(r, "discovery.max_page_size", c.Discovery.MaxPageSize, 1, 64*MiB)
+	positive(r, "discovery.max_requests", c.Discovery.MaxRequests, Default().Discovery.MaxRequests)
+	atMost(r, "discovery.max_queue", c.Discovery.MaxQueue, 1_000_000)
 }
 
 func (c *Config) checkTrust(r *report) {

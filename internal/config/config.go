@@ -486,6 +486,14 @@ type Discovery struct {
 
 	// Size of a page at most. What goes beyond is an error of the publisher.
 	MaxPageSize Size `yaml:"max_page_size"`
+
+	// Pages that publishers are asked for at once, and half of that for the names of one host. Asking for a page ends when everybody who waited for it
+	// has left.
+	MaxRequests int `yaml:"max_requests"`
+
+	// Pages that wait for their turn beyond that, for fetch.queue_wait at most. As with fetch.max_queue, clients take turns, and the one with the most waiting
+	// goes short when it is full.
+	MaxQueue int `yaml:"max_queue"`
 }
 
 // Trust is whose signatures count.
@@ -552,7 +560,7 @@ type Fetch struct {
 	// a client with fewer, or else what comes is sent away: with 503 and Retry-After.
 	MaxQueue int `yaml:"max_queue"`
 
-	// How long an image waits for its turn.
+	// How long an image waits for its turn, and a discovery page for its own.
 	QueueWait Duration `yaml:"queue_wait"`
 
 	// What an image may hold once it is decompressed.
@@ -848,6 +856,8 @@ func Default() Config {
 			NegativeTTL: seconds(30),
 			MaxPages:    10_000,
 			MaxPageSize: 1 * MiB,
+			MaxRequests: 256,
+			MaxQueue:    1000,
 		},
 		Trust: Trust{
 			Signature: SignatureRequired,

@@ -29,7 +29,7 @@ func (s *Server) discovery(w http.ResponseWriter, r *http.Request) error {
 	if err := s.mayRead(w, r, name); err != nil {
 		return err
 	}
-	found, err := s.cfg.Fetcher.Discover(r.Context(), name)
+	found, err := s.cfg.Fetcher.Discover(discovery.For(r.Context(), client(r)), name)
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/gorilla/mux"
 
 	"github.com/acproxy/acproxy"
+	"github.com/acproxy/acproxy/discovery"
 	"github.com/acproxy/acproxy/fetch"
 	"github.com/acproxy/acproxy/internal/oci"
 	"github.com/acproxy/acproxy/internal/problem"
@@ -94,7 +95,7 @@ func (s *Server) oci(w http.ResponseWriter, r *http.Request) error {
 	case ociTags:
 		return s.ociTags(w, r, q)
 	case ociManifests:
-		c, err := s.cfg.OCI.Manifest(r.Context(), q, o.what, acceptsOCI(r))
+		c, err := s.cfg.OCI.Manifest(discovery.For(r.Context(), q.Client), q, o.what, acceptsOCI(r))
 		if err != nil {
 			return err
 		}
