@@ -130,6 +130,7 @@ type Disk struct {
 
 	memory *memory // of what the index says
 	heard  heard   // of names
+	barred bars    // of what it should say and doesn't
 
 	// known is what can be said of the index. It is replaced with mu held, and read without.
 	known atomic.Pointer[knowledge]
@@ -199,7 +200,7 @@ func newDisk(dir string, opts Options) *Disk {
 	}
 	d.space = newSpace(opts.Quota, free, d.wake)
 	d.leases.space = d.space
-	d.scrub.one = make(chan struct{}, 1)
+	d.scrub.one, d.scrub.early = make(chan struct{}, 1), make(chan struct{}, 1)
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	return d
 }

@@ -100,6 +100,7 @@ func (d *Disk) imagesByName(filter Filter, from []byte, limit int) (records []Re
 	})
 	for i := range records {
 		d.useTouched(&records[i])
+		records[i] = d.told(records[i])
 	}
 	return records, next, err
 }
@@ -144,6 +145,7 @@ func (d *Disk) imagesSorted(filter Filter, from []byte, limit int) (records []Re
 				records[i] = rec
 			}
 		}
+		records[i] = d.told(records[i])
 	}
 	return records, next, err
 }

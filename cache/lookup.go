@@ -25,6 +25,7 @@ func (d *Disk) Resolve(ctx context.Context, ref acproxy.Ref) (Resolution, Record
 		// Asked before looking: what becomes known in between is then waited for in vain, and seen at the next turn.
 		k := d.knowledge()
 		a, ok, err := d.resolve(ref, k)
+		a.rec = d.told(a.rec)
 		switch {
 		case err != nil:
 			return Resolution{}, Record{}, fmt.Errorf("looking up %v: %w", ref, err)
@@ -118,10 +119,10 @@ func (d *Disk) Record(digest acproxy.Digest) (Record, error) {
 		return err
 	})
 	d.useTouched(&rec)
-	return rec, err
+	return d.told(rec), err
 }
 
-// record is Record without the time of the last use.
+// record is Record without the time of the last use, and as the index has it.
 func (d *Disk) record(digest acproxy.Digest) (Record, error) {
 	slot := d.memory.records.slot(digest)
 	if rec, _, ok := d.memory.records.get(slot, digest); ok {
@@ -292,6 +293,9 @@ func (d *Disk) OpenBlob(digest acproxy.Digest) (*Blob, error) {
 		if err != nil {
 			return nil, err
 		}
+		if d.barred.code(digest) != "" {
+			return nil, blobGone(digest)
+		}
 		l := d.leases.take(digest, false)
 		if l == nil {
 			// It is just losing its place. Who takes it away holds the lock.
@@ -343,41 +347,69 @@ func (d *Disk) openWhole(rec Record) (*os.File, error) {
 
 // openOrLose opens a blob, or sees to it that its image counts as lost.
 func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
+	blob, unnoted, err := d.openOrLoseLocked(digest)
+	if d.relief(d.ctx, unnoted, blockSize) {
+		blob, unnoted, err = d.openOrLoseLocked(digest)
+	}
+	if unnoted != nil {
+		// It is barred: that it is gone is as true.
+		d.log.Error("an image that is lost could not be noted as such", "digest", digest, "err", unnoted)
+	}
+	return blob, err
+}
+
+// openOrLoseLocked is openOrLose once. unnoted is why it could not be noted that the image is lost.
+func (d *Disk) openOrLoseLocked(digest acproxy.Digest) (blob *Blob, unnoted, err error) {
 	defer d.locks.lock(digest)()
 	img, err := d.imageLocked(digest)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if img == nil {
-		return nil, notHeld(digest)
+		return nil, nil, notHeld(digest)
 	}
 	l := d.leases.take(digest, false)
 	f, err := d.openWhole(img.Record)
 	if err == nil {
-		return d.leases.blob(f, l), nil
+		return d.leases.blob(f, l), nil, nil
 	}
 	d.leases.give(l, false)
 	if !errors.Is(err, errNotWhole) {
-		return nil, err
+		return nil, nil, err
 	}
-	gone := notFound("blob-gone", fmt.Sprintf("the bytes of %v are not whole any more; it has to be fetched again", digest))
-	if img.Record.lost() {
-		return nil, gone
+	if !img.Record.lost() {
+		code := CodeMissing
+		if !errors.Is(err, fs.ErrNotExist) {
+			code = CodeDamaged
+		}
+		unnoted = d.loseLocked(img, code, err.Error())
 	}
-	code := CodeMissing
-	if !errors.Is(err, fs.ErrNotExist) {
-		code = CodeDamaged
-	}
-	if err := d.loseLocked(img, code, err.Error()); err != nil {
-		// Not one that says that the image isn't there: as long as the index says that it is, nobody fetches it again.
-		return nil, err
-	}
-	return nil, gone
+	return nil, unnoted, blobGone(digest)
 }
 
-// loseLocked marks an image as one whose bytes are lost, and moves what is there in their place to the quarantine directory. The caller holds the lock
-// of its digest.
+func blobGone(digest acproxy.Digest) error {
+	return notFound("blob-gone", fmt.Sprintf("the bytes of %v are not whole any more; it has to be fetched again", digest))
+}
+
+// loseLocked marks an image as one whose bytes are lost, and moves what is there in their place to the quarantine directory. If that fails, the image is barred,
+// and soon read again. The caller holds the lock of its digest.
 func (d *Disk) loseLocked(img *image, code, why string) error {
+	digest, barred := img.Record.Digest, code
+	err := d.noteLost(img, code, why)
+	if err == nil {
+		barred = ""
+	}
+	before := d.bar(digest, barred)
+	d.scrub.again(digest, d.now(), err)
+	// Once is enough.
+	if d.tellLost != nil && before == "" {
+		d.tellLost(d.told(img.Record))
+	}
+	return err
+}
+
+// noteLost is loseLocked without what is kept in memory.
+func (d *Disk) noteLost(img *image, code, why string) error {
 	digest := img.Record.Digest
 	if err := d.on((*index).mark); err != nil {
 		return err
@@ -407,16 +439,28 @@ func (d *Disk) loseLocked(img *image, code, why string) error {
 	if err != nil {
 		return fmt.Errorf("noting that the bytes of %v are lost: %w", digest, err)
 	}
-	if d.tellLost != nil {
-		d.tellLost(img.Record)
-	}
 	return nil
 }
 
 // Lost implements [Store].
 func (d *Disk) Lost() ([]Record, error) {
+	barred := d.barred.all()
 	return d.records(0, func(tx *bolt.Tx, found func(acproxy.Digest) error) error {
-		return scan(tx, bucketQuarantined, nil, nil, keyed(found))
+		for _, digest := range barred {
+			ok, err := hasRecord(tx, digest)
+			if err == nil && ok {
+				err = found(digest)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return scan(tx, bucketQuarantined, nil, nil, keyed(func(digest acproxy.Digest) error {
+			if slices.Contains(barred, digest) {
+				return nil
+			}
+			return found(digest)
+		}))
 	}, Record.lost)
 }
 
@@ -458,8 +502,9 @@ func (d *Disk) records(limit int, look func(tx *bolt.Tx, found func(acproxy.Dige
 				return err
 			case !ok:
 				return broken("no record for %v", digest)
-			case keep == nil || keep(h.Record):
-				records = append(records, h.Record)
+			}
+			if rec := d.told(h.Record); keep == nil || keep(rec) {
+				records = append(records, rec)
 			}
 			if limit > 0 && len(records) >= limit {
 				return errEnough

@@ -543,6 +543,7 @@ func (p *Partial) place(before *image, digest acproxy.Digest) error {
 		d.leases.stays(digest)
 		return err
 	}
+	d.bar(digest, "")
 	p.path, p.committed = path, digest
 	p.before = d.leases.replaced(digest, p.lease)
 	if before != nil {

@@ -125,7 +125,7 @@ func (d *Disk) hinted(ref acproxy.Ref) *answer {
 		return nil
 	}
 	img, err := d.beside(digest)
-	if err != nil || img.Record.lost() {
+	if err != nil || d.told(img.Record).lost() {
 		return nil
 	}
 	for _, r := range img.Refs {

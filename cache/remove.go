@@ -190,6 +190,9 @@ func (d *Disk) removeImages(choose func(tx *bolt.Tx, drop func(h held, used time
 		delete(d.touched, digest)
 	}
 	d.mu.Unlock()
+	for digest := range dropped {
+		d.bar(digest, "")
+	}
 	for _, v := range victims {
 		if _, ok := dropped[v.digest]; !ok {
 			d.leases.stays(v.digest)

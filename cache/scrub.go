@@ -77,12 +77,46 @@ type ScrubOptions struct {
 
 // scrub is the state of reading what is kept.
 type scrub struct {
-	one chan struct{} // holds something while an image is read: one at a time
+	one   chan struct{} // holds something while an image is read: one at a time
+	early chan struct{} // tells the reading in the background that something is due that wasn't
 
 	mu      sync.Mutex
 	all     bool // somebody reads all images on demand
 	demands int  // how often somebody has read all images on demand, so that a new round has begun
 	state   Scrubbing
+	failed  map[acproxy.Digest]time.Time // images that could not be read or repaired, and when to try again
+}
+
+// again notes that the reading or the repair of an image has failed with an error, so that it is tried again before its turn; with nil, that it hasn't.
+func (s *scrub) again(digest acproxy.Digest, now time.Time, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err == nil {
+		delete(s.failed, digest)
+		return
+	}
+	if s.failed == nil {
+		s.failed = make(map[acproxy.Digest]time.Time)
+	}
+	s.failed[digest] = now.Add(scrubAgain)
+	select {
+	case s.early <- struct{}{}:
+	default: // it has been told already
+	}
+}
+
+// dueAgain returns an image that is to be tried again now, or after which time the next one is.
+func (s *scrub) dueAgain(now time.Time) (digest acproxy.Digest, ok bool, after time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	after = scrubLook
+	for digest, when := range s.failed {
+		if !now.Before(when) {
+			return digest, true, 0
+		}
+		after = min(after, when.Sub(now))
+	}
+	return digest, false, after
 }
 
 // Words of the state bucket.
@@ -94,7 +128,8 @@ const (
 
 // Scrub reads all images now, and repairs what it can: bytes that are not what they were are moved to the quarantine directory, and their image counts
 // as lost until it is fetched again; what is known of an image is written again from the index. It returns what it has come to when ctx ends it, too. If
-// all images are being read already, that is an error matching [acproxy.ErrBusy].
+// all images are being read already, that is an error matching [acproxy.ErrBusy]. An image that can't be read or repaired doesn't end it: the others are read, and
+// the error names all that failed.
 func (d *Disk) Scrub(ctx context.Context, o ScrubOptions) (Scrubbed, error) {
 	if err := d.Ready(ctx); err != nil {
 		return Scrubbed{}, err
@@ -115,22 +150,26 @@ func (d *Disk) Scrub(ctx context.Context, o ScrubOptions) (Scrubbed, error) {
 	u := d.space.usage()
 	s := &scrubber{d: d, pace: &pacer{rate: o.Rate}, progress: o.Progress, found: o.Found, sum: Scrubbed{OfImages: u.Images, OfBytes: u.Blobs}}
 	var next acproxy.Digest
-	for {
+	var failures []error
+	for more := true; more; {
 		digest, ok, err := d.scrubAfter(next)
-		if err == nil && ok {
-			err = s.image(ctx, digest)
+		if err != nil {
+			return s.sum, errors.Join(append(failures, err)...)
 		}
+		if !ok {
+			break
+		}
+		err = s.image(ctx, digest)
 		s.sum.Took = d.now().Sub(began)
-		if err != nil || !ok {
-			if err == nil {
-				err = d.scrubFinished(began)
-			}
-			return s.sum, err
+		switch {
+		case ctx.Err() != nil:
+			return s.sum, context.Cause(ctx)
+		case err != nil:
+			failures = append(failures, fmt.Errorf("scrubbing %v: %w", digest, err))
 		}
-		if next, ok = following(digest); !ok {
-			return s.sum, d.scrubFinished(began)
-		}
+		next, more = following(digest)
 	}
+	return s.sum, errors.Join(append(failures, d.scrubFinished(began))...)
 }
 
 // ScrubImage reads one image now, of which somebody has seen that its bytes may not be what they were, and repairs what it can as [Disk.Scrub] does.
@@ -191,6 +230,8 @@ func position(digest acproxy.Digest) float64 {
 const (
 	// scrubLook is after which time it is looked again whether an image has come that is due before the next one.
 	scrubLook = time.Hour
+	// scrubAgain is after which time an image is read again that could not be read or repaired.
+	scrubAgain = 10 * time.Minute
 	// scrubSave is how often it is written how far the reading has come.
 	scrubSave = 10 * time.Second
 )
@@ -208,6 +249,10 @@ func (d *Disk) scrubInTime() {
 	s := &scrubber{d: d, pace: &pacer{rate: d.schedule.Rate}}
 	saved, demands := d.now(), 0
 	for d.ctx.Err() == nil {
+		if digest, ok, _ := d.scrub.dueAgain(d.now()); ok {
+			// One at a time beside the round, which goes on however many there are.
+			s.inTime(digest)
+		}
 		began := d.scrubRound(&next, &demands)
 		digest, ok, err := d.scrubAfter(next)
 		if err != nil {
@@ -217,7 +262,7 @@ func (d *Disk) scrubInTime() {
 		}
 		if ends := began.Add(d.schedule.Every); !ok && d.now().Before(ends) {
 			// One may still come that belongs into this round.
-			d.pause(min(ends.Sub(d.now()), scrubLook))
+			d.pause(ends.Sub(d.now()))
 			continue
 		}
 		if !ok {
@@ -226,13 +271,10 @@ func (d *Disk) scrubInTime() {
 			continue
 		}
 		if due := began.Add(time.Duration(position(digest) * float64(d.schedule.Every))); d.now().Before(due) {
-			d.pause(min(due.Sub(d.now()), scrubLook))
+			d.pause(due.Sub(d.now()))
 			continue
 		}
-		if err := s.image(d.ctx, digest); err != nil && d.ctx.Err() == nil {
-			d.log.Error("scrubbing an image", "digest", digest, "err", err)
-		}
-		if d.ctx.Err() != nil {
+		if s.inTime(digest); d.ctx.Err() != nil {
 			break
 		}
 		if next, ok = following(digest); !ok {
@@ -277,12 +319,14 @@ func (d *Disk) scrubRoundEnds(began time.Time) {
 	d.noteScrub(acproxy.Digest{})
 }
 
-// pause waits for some time, or until the store is closed.
+// pause waits for some time, though no longer than until something else may be due, or until the store is closed.
 func (d *Disk) pause(long time.Duration) {
-	timer := time.NewTimer(long)
+	_, _, again := d.scrub.dueAgain(d.now())
+	timer := time.NewTimer(min(long, again))
 	defer timer.Stop()
 	select {
 	case <-timer.C:
+	case <-d.scrub.early:
 	case <-d.ctx.Done():
 	}
 }
@@ -368,8 +412,23 @@ var errCondemned = errors.New("it was condemned")
 // errGone ends the reading of a blob that isn't that of its image any more.
 var errGone = errors.New("it was evicted, deleted or replaced in the meantime")
 
-// image reads an image and repairs what it can. That it can't be repaired, or went away, is no error.
+// inTime reads an image in the background.
+func (s *scrubber) inTime(digest acproxy.Digest) {
+	if err := s.image(s.d.ctx, digest); err != nil && s.d.ctx.Err() == nil {
+		s.d.log.Error("scrubbing an image", "digest", digest, "err", err)
+	}
+}
+
+// image reads an image and repairs what it can. That it went away is no error; one that could not be read or repaired is tried again soon.
 func (s *scrubber) image(ctx context.Context, digest acproxy.Digest) error {
+	err := s.once(ctx, digest)
+	if ctx.Err() == nil {
+		s.d.scrub.again(digest, s.d.now(), err)
+	}
+	return err
+}
+
+func (s *scrubber) once(ctx context.Context, digest acproxy.Digest) error {
 	select {
 	case s.d.scrub.one <- struct{}{}:
 		defer func() { <-s.d.scrub.one }()
@@ -538,8 +597,12 @@ func (s *scrubber) blob(ctx context.Context, rec Record) error {
 		return nil
 	})
 	switch {
-	case err != nil || v.code == "":
+	case err != nil:
 		return err
+	case v.code == "":
+		// It may have been barred, and somebody has put it right.
+		d.bar(rec.Digest, "")
+		return nil
 	case v.code == CodeUnstable:
 		f := d.finding(rec, v.code, d.blobPath(rec.Digest), v.detail)
 		f.Repair = unstable
@@ -653,6 +716,9 @@ func (d *Disk) sumBlob(r io.Reader, rec Record) (acproxy.Digest, acproxy.ImageID
 func (s *scrubber) condemn(rec Record, v verdict) error {
 	d := s.d
 	done, err := d.condemn(rec.Digest, v)
+	if d.relief(d.ctx, err, blockSize) {
+		done, err = d.condemn(rec.Digest, v)
+	}
 	if err == nil && !done {
 		return errGone
 	}

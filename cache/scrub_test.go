@@ -16,6 +16,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -25,6 +27,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/cache/cachetest"
+	"github.com/acproxy/acproxy/internal/durable"
 )
 
 // inspect finds out the image ID of the images that cachetest makes.
@@ -314,6 +317,188 @@ func TestScrubKeepsToItsRate(t *testing.T) {
 			t.Errorf("30 MiB at 1 MiB/s took %v", took)
 		}
 	})
+}
+
+// noFiles is a file system on which no file can be made while it is full. It isn't any more when something was removed from it, if so it is told.
+type noFiles struct {
+	durable.OS
+	full, relieved atomic.Bool
+}
+
+func (f *noFiles) Create(name string, perm fs.FileMode) (durable.File, error) {
+	if f.full.Load() {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.ENOSPC}
+	}
+	return f.OS.Create(name, perm)
+}
+
+func (f *noFiles) Remove(name string) error {
+	err := f.OS.Remove(name)
+	if err == nil && f.relieved.Load() {
+		f.full.Store(false)
+	}
+	return err
+}
+
+// isBarred checks that an image counts as lost for whoever asks.
+func isBarred(t testing.TB, d *cache.Disk, img cachetest.Image) {
+	t.Helper()
+	digest := img.Record.Digest
+	if b, err := d.OpenBlob(digest); acproxy.Code(err) != "blob-gone" {
+		t.Errorf("OpenBlob(%v) = %v, %v, want that it is gone", digest, b, err)
+	}
+	if _, _, err := d.Resolve(t.Context(), img.Refs[0].Ref); acproxy.Code(err) != "blob-gone" {
+		t.Errorf("Resolve(%v) = %v, want that it is gone", img.Refs[0].Ref, err)
+	}
+	if rec, err := d.Record(digest); err != nil || rec.Code != cache.CodeCorrupt || !rec.Lost() {
+		t.Errorf("Record(%v) = %v %v, %v", digest, rec.State, rec.Code, err)
+	}
+	if got, ok := d.BySignature(img.Record.SignatureDigest); ok && got == digest {
+		t.Errorf("BySignature finds %v", digest)
+	}
+}
+
+// TestScrubWhereNothingCanBeNoted finds damage that can't be noted anywhere. Nothing of it is served, the scrub reads on, and what failed is tried again soon.
+func TestScrubWhereNothingCanBeNoted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, images := t.TempDir(), library()[:8]
+		fsys, lost := &noFiles{}, make(map[acproxy.Digest]int)
+		opts := cache.Options{
+			FS: fsys, Log: slog.New(slog.DiscardHandler), Inspect: inspect, Scrub: cache.Schedule{Every: 30 * 24 * time.Hour}, Quota: cache.Quota{Grace: 100 * 365 * 24 * time.Hour},
+			Lost: func(r cache.Record) { lost[r.Digest]++ },
+		}
+		d, err := cache.Open(dir, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		served := func(images []cachetest.Image) {
+			t.Helper()
+			for _, img := range images {
+				if err := cachetest.Check(t.Context(), d, img); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		for i := range images {
+			now := time.Now().UTC().Round(0)
+			images[i].Record.Fetched, images[i].Record.Used = now, now
+		}
+		fill(t, d, images)
+		synctest.Wait()
+		for _, img := range images {
+			flip(t, blobPath(dir, img))
+		}
+		fsys.full.Store(true)
+		var f found
+		got, err := d.Scrub(t.Context(), cache.ScrubOptions{Found: f.note})
+		if !errors.Is(err, acproxy.ErrNoSpace) || got.Problems != 8 || len(f.all) != 8 {
+			t.Errorf("Scrub = %+v, %v, found %+v", got, err, f.all)
+		}
+		for i, img := range images {
+			if f.all[i].Repaired || !strings.Contains(err.Error(), img.Record.Digest.String()) {
+				t.Errorf("found %+v, and the error of all is %v", f.all[i], err)
+			}
+			isBarred(t, d, img)
+		}
+		if records, err := d.Lost(); len(records) != 8 || err != nil {
+			t.Errorf("Lost = %d images, %v", len(records), err)
+		}
+		// Fetched again, it is served.
+		fsys.full.Store(false)
+		if err := cachetest.Commit(t.Context(), d, images[0]); err != nil {
+			t.Fatal(err)
+		}
+		served(images[:1])
+		if records, err := d.Lost(); len(records) != 7 || err != nil {
+			t.Errorf("Lost = %d images, %v", len(records), err)
+		}
+		// So is what somebody has put right, once it was read.
+		write(t, blobPath(dir, images[1]), images[1].Blob)
+		isBarred(t, d, images[1])
+		time.Sleep(15 * time.Minute)
+		synctest.Wait()
+		served(images[:2])
+		// The others are noted by now.
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if d, err = cache.Open(dir, opts); err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		served(images[:2])
+		for _, img := range images[2:] {
+			isBarred(t, d, img)
+		}
+		for digest, n := range lost {
+			if n != 1 {
+				t.Errorf("that %v is lost was told %d times", digest, n)
+			}
+		}
+		if len(lost) != 8 {
+			t.Errorf("told were %d lost images", len(lost))
+		}
+	})
+}
+
+// TestLossIsNotedLater opens what is gone while that can't be noted.
+func TestLossIsNotedLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, img, fsys := t.TempDir(), image("app", 10*kib), &noFiles{}
+		opts := cache.Options{FS: fsys, Log: slog.New(slog.DiscardHandler), Scrub: cache.Schedule{Every: 30 * 24 * time.Hour}, Quota: cache.Quota{Grace: 100 * 365 * 24 * time.Hour}}
+		d, err := cache.Open(dir, opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		img.Record.Fetched, img.Record.Used = time.Now(), time.Now()
+		fill(t, d, []cachetest.Image{img})
+		synctest.Wait()
+		remove(t, blobPath(dir, img))
+		fsys.full.Store(true)
+		was := d.Changes()
+		if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+			t.Errorf("OpenBlob = %v", err)
+		}
+		if d.Changes() == was {
+			t.Error("those who keep answers were not told")
+		}
+		fsys.full.Store(false)
+		time.Sleep(15 * time.Minute)
+		synctest.Wait()
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if d, err = cache.Open(dir, opts); err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if rec, err := d.Record(img.Record.Digest); err != nil || rec.Code != cache.CodeMissing {
+			t.Errorf("Record = %v %v, %v", rec.State, rec.Code, err)
+		}
+	})
+}
+
+// TestScrubMakesRoom finds damage on a full disk where something can be evicted.
+func TestScrubMakesRoom(t *testing.T) {
+	fsys := &noFiles{}
+	w := newWarden(t, cache.Quota{}, func(o *cache.Options) { o.FS, o.Inspect = fsys, inspect })
+	old := w.commit(image("old", 10*kib))
+	w.later(time.Hour)
+	img := w.commit(image("app", 10*kib))
+	flip(t, blobPath(w.dir, img))
+	fsys.relieved.Store(true)
+	fsys.full.Store(true)
+	if got, err := w.Scrub(t.Context(), cache.ScrubOptions{}); err != nil || got.Problems != 1 {
+		t.Errorf("Scrub = %+v, %v", got, err)
+	}
+	if _, err := w.Record(old.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("Record = %v, want that it was evicted", err)
+	}
+	isBarred(t, w.Disk, img)
+	if left := names(t, w.dir, "quarantine"); len(left) != 2 {
+		t.Errorf("in the quarantine directory are %v", left)
+	}
+	w.counted("afterwards")
 }
 
 // TestScrubInTime lets a month go by.
