@@ -25,6 +25,11 @@ func orderKey(rec Record, used time.Time) []byte {
 	return slices.Concat([]byte{class}, refusalKey(uint64(max(0, used.UnixNano()))), rec.Digest[:])
 }
 
+// orderAhead is where in the order what is noted as used in a time that is yet to come begins in a class.
+func orderAhead(class byte, now time.Time) []byte {
+	return append([]byte{class}, refusalKey(uint64(now.Add(maxSkew).UnixNano()+1))...)
+}
+
 const orderKeySize = 1 + 8 + len(acproxy.Digest{})
 
 // orderUsed returns the time in a place in the order.

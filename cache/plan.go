@@ -250,9 +250,14 @@ func (p *planner) look(tx *bolt.Tx) error {
 			return err
 		}
 		if x.why == KeptGrace && !p.explain {
-			// So is everything after it in its class.
-			if key[0] == classQuarantined {
-				next, over, p.stale = []byte{classGood}, false, true
+			// So is everything after it in its class, but for what is noted as used in a time that is yet to come.
+			from := orderAhead(key[0], p.now)
+			more := false
+			if err := scan(tx, bucketOrder, nil, from, func(_, _ []byte) error { more = true; return errEnough }); err != nil {
+				return err
+			}
+			if more {
+				next, over, p.stale = from, false, true
 			}
 			return errEnough
 		}
@@ -348,7 +353,7 @@ func (p *planner) examine(tx *bolt.Tx, place []byte) (examined, error) {
 	case p.d.leases.inUse(digest), p.d.touchedSince(digest), p.gone[digest]:
 		// The last case is one that was chosen at the place that it had before it was used again.
 		x.why = KeptInUse
-	case p.now.Sub(x.used) < p.d.space.quota().Grace:
+	case Age(p.now, x.used) < p.d.space.quota().Grace:
 		x.why = KeptGrace
 	case x.h.Quarantined():
 		// It serves nobody.

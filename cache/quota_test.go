@@ -853,6 +853,31 @@ func TestGraceEnds(t *testing.T) {
 	}
 }
 
+// TestNoGraceUntilTheClockHasCaughtUp fills a store while the clock is a year ahead. Once it is right, what was kept before goes first, what is young stays, and what
+// was kept in that time goes for what needs the space.
+func TestNoGraceUntilTheClockHasCaughtUp(t *testing.T) {
+	const year = 365 * 24 * time.Hour
+	w := newWarden(t, cache.Quota{MaxSize: 24 * mib, High: 100, Low: 100, Grace: time.Hour})
+	w.commit(image("before", 5*mib))
+	w.later(year)
+	w.commit(image("ahead", 5*mib))
+	w.commit(image("further", 5*mib))
+	w.later(-year + 2*time.Hour)
+	w.commit(image("young", 5*mib))
+	for i, gone := range []string{"before", "ahead", "further"} {
+		plan, err := w.PlanEviction(t.Context(), 0)
+		if err != nil || plan.Sums[cache.KeptGrace] < 5*mib*int64(1+i) || plan.Sums[cache.KeptGrace] > 6*mib*int64(1+i) {
+			t.Errorf("PlanEviction = %+v, %v, want only what is young to be kept", plan, err)
+		}
+		w.commit(image(fmt.Sprint("next", i), 5*mib))
+		if got := w.gone(); got != gone {
+			t.Errorf("evicted were %s, want %s", got, gone)
+		}
+	}
+	_, err := w.Begin(t.Context(), cache.Arrival{Size: 5 * mib})
+	wantNoSpace(t, err, "quota")
+}
+
 // TestWhatIsNoImageGoesFirst evicts what has arrived of images, then blobs that were set aside, then images.
 func TestWhatIsNoImageGoesFirst(t *testing.T) {
 	w := newWarden(t, cache.Quota{MaxSize: 32 * mib, High: 100, Low: 100, Grace: -1})

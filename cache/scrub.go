@@ -289,13 +289,14 @@ func (d *Disk) scrubInTime() {
 	d.noteScrub(next)
 }
 
-// scrubRound returns when the round began. If somebody has read all images on demand since, that is another one, which begins at the first.
+// scrubRound returns when the round began. If somebody has read all images on demand since, or the clock was ahead when it began, that is another one, which
+// begins at the first.
 func (d *Disk) scrubRound(next *acproxy.Digest, demands *int) (began time.Time) {
 	d.scrub.mu.Lock()
 	defer d.scrub.mu.Unlock()
 	s := &d.scrub.state
-	if s.Began.IsZero() {
-		s.Began = d.now()
+	if now := d.now(); s.Began.IsZero() || ahead(now, s.Began) {
+		s.Began, *next = now, acproxy.Digest{}
 	}
 	if *demands != d.scrub.demands {
 		*next, *demands = acproxy.Digest{}, d.scrub.demands

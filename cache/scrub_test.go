@@ -593,6 +593,37 @@ func TestScrubInTime(t *testing.T) {
 	})
 }
 
+// TestScrubAfterTheClockWasAhead begins a round a year ahead of time.
+func TestScrubAfterTheClockWasAhead(t *testing.T) {
+	const every = 30 * 24 * time.Hour
+	synctest.Test(t, func(t *testing.T) {
+		dir, wrong := t.TempDir(), 365*24*time.Hour
+		opts := cache.Options{
+			Log: slog.New(slog.DiscardHandler), FlushEvery: 24 * time.Hour, Scrub: cache.Schedule{Every: every},
+			// Without what the operating system's own clock knows of a restart.
+			Now: func() time.Time { return time.Now().Add(wrong).Round(0) },
+		}
+		for range 2 {
+			d, err := cache.Open(dir, opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cachetest.Commit(t.Context(), d, image("app", 10*kib)); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(every + 2*time.Hour)
+			synctest.Wait()
+			if s := d.Scrubbing(); s.Scrubbed.Images != 1 || s.Finished.IsZero() {
+				t.Errorf("Scrubbing = %+v, want a round that has ended", s)
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			wrong = 0
+		}
+	})
+}
+
 // tree is what a directory holds, for comparing.
 func tree(t testing.TB, dir string) map[string]string {
 	t.Helper()

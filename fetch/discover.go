@@ -62,7 +62,7 @@ func (f *Fetcher) discovered(ctx context.Context, name string) (Discovery, error
 
 // fresh reports whether what is known of a name is used without its publisher being asked again. What was learned by other rules is not.
 func (f *Fetcher) fresh(known cache.Discovered) bool {
-	return f.now().Sub(known.When) < f.jittered(f.cfg.DiscoveryTTL, known.Name, known.When) && known.When.After(f.cfg.Discovery.Since())
+	return cache.Age(f.now(), known.When) < f.jittered(f.cfg.DiscoveryTTL, known.Name, known.When) && known.When.After(f.cfg.Discovery.Since())
 }
 
 // learned returns the templates that are known of a name.

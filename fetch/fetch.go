@@ -542,7 +542,7 @@ func (f *Fetcher) belonging(req Request, policy Policy, resolved cache.Resolutio
 	}
 	f.cfg.Store.Touch(rec.Digest)
 	status := Hit
-	if f.now().Sub(resolved.Validated) >= f.jittered(policy.TTL, req.Ref.String(), resolved.Validated) {
+	if cache.Age(f.now(), resolved.Validated) >= f.jittered(policy.TTL, req.Ref.String(), resolved.Validated) {
 		status = Stale
 	}
 	return answer{status: status, resolved: resolved, record: rec}, true
@@ -559,7 +559,7 @@ func (f *Fetcher) freshen(ctx context.Context, req Request, policy Policy, resol
 	if ref.Version() != "" || policy.Offline {
 		return asHeld, nil, nil
 	}
-	age, ttl := f.now().Sub(resolved.Validated), f.jittered(policy.TTL, ref.String(), resolved.Validated)
+	age, ttl := cache.Age(f.now(), resolved.Validated), f.jittered(policy.TTL, ref.String(), resolved.Validated)
 	if age < ttl && !req.Fresh {
 		return asHeld, nil, nil
 	}

@@ -49,6 +49,45 @@ func TestLatestIsRefreshedBehindTheAnswer(t *testing.T) {
 	s.wantRequests(2, 3)
 }
 
+// TestTheClockWasAhead learns what is latest, and of discovery, while the clock is a year ahead. Once it is right the publisher is asked at once. That the clock is set
+// back a little, as happens, costs nothing.
+func TestTheClockWasAhead(t *testing.T) {
+	const year = 365 * 24 * time.Hour
+	s := newScene(t)
+	s.clock.advance(year)
+	old, latest := s.publish(spec("1.0", 10)), s.app("")
+	s.want(latest, old, Miss)
+	s.idle()
+	s.clock.advance(-30 * time.Second)
+	s.want(latest, old, Hit)
+	s.wantRequests(1, 1)
+
+	s.clock.advance(time.Hour - year)
+	next := s.publish(spec("2.0", 20))
+	if found, err := s.f.Discover(t.Context(), "example.com/app"); err != nil || found.Status != Stale {
+		t.Errorf("Discover = %v, %v, want Stale", found.Status, err)
+	}
+	s.want(latest, next, Miss)
+	s.idle()
+	s.want(latest, next, Hit)
+	s.eventually("the refresh of discovery", func() bool {
+		found, err := s.f.Discover(t.Context(), "example.com/app")
+		return err == nil && found.Status == Hit
+	})
+}
+
+// TestTheClockWasAheadOfAnOutage has the publisher be away once the clock is right.
+func TestTheClockWasAheadOfAnOutage(t *testing.T) {
+	s := newScene(t)
+	s.clock.advance(365 * 24 * time.Hour)
+	blob := s.publish(spec("1.0", 10))
+	s.want(s.app(""), blob, Miss)
+	s.idle()
+	s.clock.advance(-365 * 24 * time.Hour)
+	s.pub.Stop()
+	s.want(s.app(""), blob, Stale)
+}
+
 func TestAVersionIsNeverAskedForAgain(t *testing.T) {
 	s := newScene(t)
 	blob := s.publish(spec("1.0", 10))
