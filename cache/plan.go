@@ -386,23 +386,23 @@ func (d *Disk) touchedSince(digest acproxy.Digest) bool {
 	return now || before
 }
 
-// lastCopy reports whether an image is protected as one that its publisher has no more: a ref that it answers is gone there, and so are all others
-// that anybody would ask the publisher for again. One with a version is asked for only once, so that its silence says nothing.
+// lastCopy reports whether an image is protected as one that its publisher has no more: a ref that it answers is gone there, and since then no other was found to be
+// there. One with a version is asked for only once, so that its silence says nothing.
 func (p *planner) lastCopy(tx *bolt.Tx, digest acproxy.Digest) (bool, error) {
 	if p.d.space.quota().LastCopies {
 		return false, nil
 	}
-	gone, there := false, false
+	var gone, there time.Time
 	err := scan(tx, bucketHeld, digest[:], nil, func(key, _ []byte) error {
 		r, ok, err := getResolution(tx, key[len(digest):])
 		switch {
 		case !ok || r.Digest != digest:
-		case !r.Gone.IsZero():
-			gone = true
-		case r.Ref.Version() == "":
-			there = true
+		case r.Gone.After(gone):
+			gone = r.Gone
+		case r.Gone.IsZero() && r.Ref.Version() == "" && r.Validated.After(there):
+			there = r.Validated
 		}
 		return err
 	})
-	return gone && !there, err
+	return !gone.IsZero() && !there.After(gone), err
 }

@@ -583,6 +583,15 @@ func TestWhatIsKept(t *testing.T) {
 			}
 		}
 	}
+	// there has the publisher say that a ref is there, at a time before or after it said that another is gone.
+	there := func(ref, name string, since time.Duration) func(*testing.T, scene) {
+		return func(t *testing.T, s scene) {
+			r := cache.Resolution{Ref: cachetest.MustRef(ref), Digest: s.images[name].Record.Digest, Validated: when.Add(since)}
+			if err := s.w.Point(t.Context(), r); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	read := func(name string) func(*testing.T, scene) {
 		return func(t *testing.T, s scene) {
 			blob, err := s.w.OpenBlob(s.images[name].Record.Digest)
@@ -646,7 +655,11 @@ func TestWhatIsKept(t *testing.T) {
 		},
 		{
 			name: "an image that its publisher has under another ref is not the last copy", images: []cachetest.Image{image("a", 10), image("b", 10)},
-			prepare: []func(*testing.T, scene){gone("example.com/a:1", "a")}, order: "a b",
+			prepare: []func(*testing.T, scene){gone("example.com/a:1", "a"), there("example.com/a", "a", 1)}, order: "a b",
+		},
+		{
+			name: "unless that was before it was gone under the first", images: []cachetest.Image{image("a", 10), image("b", 10)},
+			prepare: []func(*testing.T, scene){gone("example.com/a", "a"), there("example.com/a,os=linux", "a", -1)}, order: "b", kept: "a=last-copy",
 		},
 		{
 			name: "quarantined images go first", images: []cachetest.Image{image("a", 10), image("b", 10), image("c", 10)},
