@@ -406,7 +406,12 @@ func (d *Disk) flusher() {
 	}
 }
 
-// flush writes the access times since the last flush. What it can't write it tries again the next time.
+// maxTogetherTouched is how many access times are written in one transaction: each is on a page of its own in the order of eviction, which is let go of only
+// afterwards, and all of these have to fit into half of what is promised to housekeeping. In the other rows neighbours share pages.
+const maxTogetherTouched = 100
+
+// flush writes the access times since the last flush. What it can't write it tries again the next time. Those for which there is no room are forgotten: they are not
+// worth an image, and none that was used may be kept from being evicted for ever because that can't be noted.
 func (d *Disk) flush() error {
 	d.flushing.Lock()
 	defer d.flushing.Unlock()
@@ -417,18 +422,28 @@ func (d *Disk) flush() error {
 	if len(touched) == 0 || d.readOnly {
 		return nil
 	}
-	err := d.update(func(tx *bolt.Tx) error {
-		for digest, t := range touched {
-			h, ok, err := getRecord(tx, digest)
-			if err == nil && ok {
-				err = touch(tx, h.Record, t)
-			}
-			if err != nil {
-				return err
-			}
+	var err error
+	for together := range slices.Chunk(slices.SortedFunc(maps.Keys(touched), compareDigests), maxTogetherTouched) {
+		if !d.space.spares() {
+			d.log.Debug("there is no room to write access times")
+			break
 		}
-		return nil
-	}, effect{})
+		err = d.update(func(tx *bolt.Tx) error {
+			for _, digest := range together {
+				h, ok, err := getRecord(tx, digest)
+				if err == nil && ok {
+					err = touch(tx, h.Record, touched[digest])
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		}, effect{})
+		if err != nil {
+			break
+		}
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.beingFlushed = nil

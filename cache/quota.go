@@ -261,6 +261,14 @@ func (s *space) room() (n int64, limit string) {
 	return n, limit
 }
 
+// spares reports whether half of what is promised to housekeeping is left, within the size that the store may have.
+func (s *space) spares() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	most := s.quota().MaxSize
+	return most == 0 || s.taken() <= most+housekeeping/2
+}
+
 // usage returns what is known of the space that is taken.
 func (s *space) usage() Usage {
 	s.mu.Lock()

@@ -866,6 +866,64 @@ func TestGraceEnds(t *testing.T) {
 	}
 }
 
+// TestAccessTimesKeepToTheQuota uses all images of a store that is full, again and again.
+func TestAccessTimesKeepToTheQuota(t *testing.T) {
+	w := newWarden(t, cache.Quota{}, func(o *cache.Options) { o.FlushEvery = time.Hour })
+	images := make([]cachetest.Image, 6000)
+	var wg sync.WaitGroup
+	for i := range 32 {
+		wg.Go(func() {
+			for i := i; i < len(images); i += 32 {
+				images[i] = image(fmt.Sprint("app", i), 10)
+				images[i].Record.Fetched = when.Add(time.Duration(i) * time.Millisecond)
+				if err := cachetest.Commit(t.Context(), w, images[i]); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	u := w.usage()
+	most := u.Total() + u.Promised
+	w.SetQuota(cache.Quota{MaxSize: most, High: 100, Low: 100, Grace: 1000 * time.Hour})
+	for range 4 {
+		w.later(time.Hour)
+		for _, img := range images {
+			w.Touch(img.Record.Digest)
+		}
+		// The plan is made by times that are written first.
+		if _, err := w.PlanEviction(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		if u := w.usage(); u.Total() > most || u.Images != int64(len(images)) {
+			t.Errorf("%d bytes are taken by %d images, %d more than may be", u.Total(), u.Images, u.Total()-most)
+		}
+	}
+}
+
+// TestWhatCantBeNotedIsNotInUse uses an image in a store that has no room to note that.
+func TestWhatCantBeNotedIsNotInUse(t *testing.T) {
+	w := newWarden(t, cache.Quota{MaxSize: mib, Grace: -1}, func(o *cache.Options) { o.Idle = true })
+	w.SetQuota(cache.Quota{Grace: -1})
+	img := w.commit(image("app", 2*mib))
+	for _, tt := range []struct {
+		most int64
+		used time.Duration
+	}{{w.usage().Total() + mib/2 - 1, 0}, {w.usage().Total() + mib, time.Minute}} {
+		w.SetQuota(cache.Quota{MaxSize: tt.most, Grace: -1})
+		w.later(time.Minute)
+		before := w.now().Add(-time.Minute)
+		w.Touch(img.Record.Digest)
+		plan, err := w.PlanEviction(t.Context(), 0)
+		if err != nil || len(plan.Evict) != 1 || !plan.Evict[0].Used.Equal(before.Add(tt.used)) && tt.used > 0 {
+			t.Errorf("with %d bytes: PlanEviction = %+v, %v", tt.most, plan, err)
+		}
+		if rec, err := w.Record(img.Record.Digest); err != nil || rec.Used.Equal(w.now()) != (tt.used > 0) {
+			t.Errorf("with %d bytes: last used is %v, %v", tt.most, rec.Used, err)
+		}
+	}
+}
+
 // TestNoGraceUntilTheClockHasCaughtUp fills a store while the clock is a year ahead. Once it is right, what was kept before goes first, what is young stays, and what
 // was kept in that time goes for what needs the space.
 func TestNoGraceUntilTheClockHasCaughtUp(t *testing.T) {
