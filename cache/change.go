@@ -399,6 +399,7 @@ func (d *Disk) flusher() {
 			}
 			d.expire()
 			d.measureDirs()
+			d.measureAgain()
 			d.wake()
 		case <-d.ctx.Done():
 			return

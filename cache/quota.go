@@ -550,7 +550,7 @@ func weigh(path string) int64 {
 	return sum
 }
 
-// measure counts what only the file system can tell: once, beside the serving, before anything is promised by it.
+// measure counts what only the file system can tell, beside the serving, before anything is promised by it.
 func (d *Disk) measure() {
 	// Nothing of what is counted here is changed meanwhile.
 	d.measuring.Lock()
@@ -559,16 +559,7 @@ func (d *Disk) measure() {
 	if err != nil {
 		d.log.Error("counting what is known of names", "err", err)
 	}
-	quarantine := int64(0)
-	for _, e := range readable(d.path(quarantineDir)) {
-		quarantine += weigh(d.path(quarantineDir, e.Name()))
-	}
-	aside, err := sizes(d.dir, func(name string) bool {
-		return name != indexFile && strings.HasPrefix(name, indexFile) || name == refTableFile
-	})
-	if err != nil {
-		d.log.Error("counting the table of refs, and the indexes that were set aside", "err", err)
-	}
+	quarantine, aside := d.measureAside()
 	d.mu.Lock()
 	dirs := []string{"", blobDir, nameDir, partialDir, quarantineDir}
 	for shard := range d.shards {
@@ -581,6 +572,33 @@ func (d *Disk) measure() {
 	for _, dir := range dirs {
 		d.measureDir(dir)
 	}
+}
+
+// measureAside counts what lies in the quarantine directory, and beside the index. The caller holds measuring.
+func (d *Disk) measureAside() (quarantine, aside int64) {
+	for _, e := range readable(d.path(quarantineDir)) {
+		quarantine += weigh(d.path(quarantineDir, e.Name()))
+	}
+	aside, err := sizes(d.dir, func(name string) bool {
+		return name != indexFile && strings.HasPrefix(name, indexFile) || name == refTableFile
+	})
+	if err != nil {
+		d.log.Error("counting the table of refs, and the indexes that were set aside", "err", err)
+	}
+	return quarantine, aside
+}
+
+// measureAgain counts what operators delete behind our back: files that were set aside. If something is set aside in this moment, it leaves that to the next time:
+// who waits for that lock keeps others from taking it who may have it already.
+func (d *Disk) measureAgain() {
+	if !d.measuring.TryLock() {
+		return
+	}
+	defer d.measuring.Unlock()
+	quarantine, aside := d.measureAside()
+	d.space.mu.Lock()
+	defer d.space.mu.Unlock()
+	d.space.quarantine, d.space.aside = quarantine, aside
 }
 
 // measureDir counts a directory itself, given by its path in the store's: it grows with what is in it, and seldom shrinks.

@@ -90,6 +90,8 @@ func (d *Disk) evictPartial(key string) (Eviction, error) {
 
 // evictAside removes a file from the quarantine directory. Its reason goes last: without it the file would be one that nobody knows anything of.
 func (d *Disk) evictAside(v victim) (Eviction, error) {
+	d.measuring.RLock()
+	defer d.measuring.RUnlock()
 	path := d.path(quarantineDir, v.file)
 	err := errors.Join(d.removeIfThere(path), d.removeIfThere(path+reasonExt), d.fsys.SyncDir(d.path(quarantineDir)))
 	if err != nil {

@@ -478,6 +478,38 @@ func TestLossIsNotedLater(t *testing.T) {
 	})
 }
 
+// TestWhatAnOperatorDeletesCountsNoMore deletes what was set aside, as the documentation says.
+func TestWhatAnOperatorDeletesCountsNoMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		write(t, filepath.Join(dir, "index.db.broken-20260301T120000Z-ABCDEF"), make([]byte, mib))
+		d, err := cache.Open(dir, cache.Options{Log: slog.New(slog.DiscardHandler), FlushEvery: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		img := image("app", mib)
+		fill(t, d, []cachetest.Image{img})
+		flip(t, blobPath(dir, img))
+		if _, err := d.Scrub(t.Context(), cache.ScrubOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		before, err := d.Usage()
+		if err != nil || before.Quarantine < mib || before.Index < mib {
+			t.Errorf("Usage = %+v, %v", before, err)
+		}
+		for _, name := range names(t, dir, "quarantine") {
+			remove(t, filepath.Join(dir, "quarantine", name))
+		}
+		remove(t, filepath.Join(dir, "index.db.broken-20260301T120000Z-ABCDEF"))
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		if u, err := d.Usage(); err != nil || u.Quarantine != 0 || u.Index > before.Index-mib {
+			t.Errorf("Usage = %+v, %v, and was %+v", u, err, before)
+		}
+	})
+}
+
 // TestScrubMakesRoom finds damage on a full disk where something can be evicted.
 func TestScrubMakesRoom(t *testing.T) {
 	fsys := &noFiles{}
