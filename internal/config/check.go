@@ -58,6 +58,8 @@ func (c *Config) check(r *report) {
 	if c.Traces.Endpoint != "" && !r.broken("traces.endpoint") {
 		if problem := checkCollector(c.Traces.Endpoint); problem != "" {
 			r.value("traces.endpoint", "%s", problem)
+		} else if c.Offline && !onThisMachine(c.Traces.Endpoint) {
+			r.value("traces.endpoint", "acproxy is offline and dials nobody elsewhere: name a collector on this machine, as in http://127.0.0.1:4318, or remove this")
 		}
 	}
 	percent(r, "traces.sample", c.Traces.Sample)
@@ -390,6 +392,16 @@ func checkCollector(text string) string {
 		return "a collector's URL has neither user nor query: secrets go into OTEL_EXPORTER_OTLP_HEADERS in the environment"
 	}
 	return checkHostPort(u.Host)
+}
+
+// onThisMachine reports whether the host of a URL is this machine, without asking anybody.
+func onThisMachine(text string) bool {
+	u, err := url.Parse(text)
+	if err != nil {
+		return false
+	}
+	ip, err := netip.ParseAddr(u.Hostname())
+	return err == nil && ip.Unmap().IsLoopback() || u.Hostname() == "localhost"
 }
 
 func checkPublicURL(text string) string {

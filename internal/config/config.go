@@ -732,7 +732,8 @@ type Log struct {
 // Traces is where traces go.
 type Traces struct {
 	// URL of a collector that takes OTLP over HTTP, such as http://127.0.0.1:4318. Headers with secrets, certificates and the like are said to it as the variables
-	// of the environment have it, OTEL_EXPORTER_OTLP_HEADERS and so on. Empty: no traces are exported, whatever the environment says.
+	// of the environment have it, OTEL_EXPORTER_OTLP_HEADERS and so on. With offline it has to be on this machine. Empty: no traces are exported, whatever the
+	// environment says.
 	Endpoint string `yaml:"endpoint"`
 
 	// How many per cent of the requests are exported. Of one that belongs to a trace already, who began it has decided.

@@ -113,6 +113,24 @@ func TestCacheAtItsEdges(t *testing.T) {
 	}
 }
 
+// TestCollectorWhileOffline: who is offline may still speak to this machine.
+func TestCollectorWhileOffline(t *testing.T) {
+	for _, tt := range []struct {
+		host string
+		good bool
+	}{
+		{"127.0.0.1:4318", true}, {"127.9.9.9", true}, {"[::1]:4318", true}, {"[::ffff:127.0.0.1]:4318", true}, {"localhost:4318", true},
+		{"192.0.2.7:4318", false}, {"collector.example.com", false}, {"localhost.example.com", false}, {"0.0.0.0:4318", false},
+	} {
+		for _, offline := range []string{"true", "false"} {
+			_, err := Parse("config.yaml", []byte("offline: "+offline+"\ntraces: {endpoint: 'http://"+tt.host+"'}"))
+			if good := tt.good || offline == "false"; (err == nil) != good {
+				t.Errorf("offline %s, a collector at %s: %v", offline, tt.host, err)
+			}
+		}
+	}
+}
+
 func TestPublisherFor(t *testing.T) {
 	c, err := Parse("config.yaml", []byte(`
 offline: false
