@@ -154,6 +154,21 @@ func (s *settings) route(name string) *route {
 	return s.routes[len(s.routes)-1] // cannot happen: the last one matches every name
 }
 
+// wholeOffline reports whether all images whose names begin with a host, given with its port, are offline.
+func (s *settings) wholeOffline(hostport string) bool {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		host = hostport
+	}
+	host = normalHost(host)
+	for _, r := range s.routes {
+		if acproxy.HasPrefix(r.rule.Prefix, host) && !r.rule.Offline {
+			return false
+		}
+	}
+	return s.route(host).rule.Offline
+}
+
 // over reports whether others have taken their place.
 func (s *settings) over() bool { return s.current.Err() != nil }
 

@@ -138,7 +138,8 @@ var (
 )
 
 // Dial connects to host:port for somebody else's connection, within the dial rules for no name in particular, and without regard to
-// Config.Limits: those who wait are not ours to keep waiting. The caller closes the connection. Errors are those of Get.
+// Config.Limits: those who wait are not ours to keep waiting. A host whose images are all offline isn't connected to, on whatever port. The caller closes the
+// connection. Errors are those of Get.
 func (c *Client) Dial(ctx context.Context, hostport string) (net.Conn, error) {
 	var conn net.Conn
 	err := errReplaced
@@ -146,6 +147,9 @@ func (c *Client) Dial(ctx context.Context, hostport string) (net.Conn, error) {
 		s := c.settings.Load()
 		if s.cfg.Offline {
 			return nil, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "this side is set to be offline and does not connect to " + hostport}
+		}
+		if s.wholeOffline(hostport) {
+			return nil, &acproxy.Error{Kind: acproxy.ErrOffline, Code: "offline", Detail: "this side is set to be offline for all images of that host and does not connect to " + hostport}
 		}
 		conn, err = s.route("").dial(ctx, "tcp", hostport)
 	}

@@ -981,3 +981,36 @@ func TestDial(t *testing.T) {
 		}
 	}
 }
+
+// TestDialOfAnOfflineHost connects to no host whose images are all offline.
+func TestDialOfAnOfflineHost(t *testing.T) {
+	whole, part, back := Rule{Prefix: "example.com", Offline: true}, Rule{Prefix: "example.com/app", Offline: true}, Rule{Prefix: "example.com/app"}
+	for _, tt := range []struct {
+		name    string
+		rules   []Rule
+		addr    string
+		offline bool
+	}{
+		{"the host", []Rule{whole}, "example.com:443", true},
+		{"otherwise written", []Rule{whole}, "Example.COM.:80", true},
+		{"another host", []Rule{whole}, "www.example.com:443", false},
+		{"one that it is the end of", []Rule{whole}, "anexample.com:443", false},
+		{"some of its images", []Rule{part}, "example.com:443", false},
+		{"all but some", []Rule{whole, back}, "example.com:443", false},
+		{"all, and some by themselves", []Rule{whole, part}, "example.com:443", true},
+		{"everybody", []Rule{{Offline: true}}, "example.com:443", true},
+		{"everybody but this one", []Rule{{Offline: true}, {Prefix: "example.com"}}, "example.com:443", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dialled := 0
+			c := client(t, Config{Rules: tt.rules, Hosts: map[string]string{"example.com": "127.0.0.1:1", "www.example.com": "127.0.0.1:1", "anexample.com": "127.0.0.1:1"}, DialContext: func(context.Context, string, string) (net.Conn, error) {
+				dialled++
+				return nil, errors.New("nobody is there")
+			}})
+			_, err := c.Dial(t.Context(), tt.addr)
+			if errors.Is(err, acproxy.ErrOffline) != tt.offline || (dialled == 0) != tt.offline {
+				t.Errorf("Dial(%s) = %v, and dialled %d times", tt.addr, err, dialled)
+			}
+		})
+	}
+}
