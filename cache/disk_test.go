@@ -192,11 +192,17 @@ func read(t testing.TB, name string) []byte {
 
 func TestReopenedStoreHoldsTheSame(t *testing.T) {
 	dir, images := t.TempDir(), library()
-	clock := when
-	now := func() time.Time { return clock }
+	later := when.Add(time.Hour)
+	var late atomic.Bool
+	now := func() time.Time {
+		if late.Load() {
+			return later
+		}
+		return when
+	}
 	d := open(t, dir, cache.Options{Now: now})
 	fill(t, d, images)
-	clock = when.Add(time.Hour)
+	late.Store(true)
 	d.Touch(images[5].Record.Digest)
 	refused := cache.Refused{Ref: cachetest.MustRef("example.com/x"), When: when, Code: "unknown-key", Detail: "key abcd is not trusted"}
 	if err := d.Refuse(refused); err != nil {
@@ -213,8 +219,8 @@ func TestReopenedStoreHoldsTheSame(t *testing.T) {
 
 	d = open(t, dir, cache.Options{Now: now})
 	checkAll(t, d, images)
-	if rec, err := d.Record(images[5].Record.Digest); err != nil || !rec.Used.Equal(clock) {
-		t.Errorf("Used = %v, %v, want %v", rec.Used, err, clock)
+	if rec, err := d.Record(images[5].Record.Digest); err != nil || !rec.Used.Equal(later) {
+		t.Errorf("Used = %v, %v, want %v", rec.Used, err, later)
 	}
 	if got, err := d.Refusals(); err != nil || len(got) != 1 || !reflect.DeepEqual(got[0], refused) {
 		t.Errorf("Refusals = %v, %v", got, err)

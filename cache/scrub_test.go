@@ -1033,7 +1033,7 @@ func TestBytesOfALostImageThatAreThere(t *testing.T) {
 			t.Run(name+", "+tt.name, func(t *testing.T) {
 				dir := t.TempDir()
 				d := open(t, dir, cache.Options{})
-				if err := cachetest.Commit(t.Context(), d, img); err != nil {
+				if err := errors.Join(cachetest.Commit(t.Context(), d, img), d.Ready(t.Context())); err != nil {
 					t.Fatal(err)
 				}
 				path := blobPath(dir, img)

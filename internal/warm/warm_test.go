@@ -362,7 +362,8 @@ func TestJobGoesOnAfterARestart(t *testing.T) {
 	var ended []Job
 	j, stop = s.open(func(o *Options) { o.Ended = func(job Job) { ended = append(ended, job) } })
 	got := s.end(j, job.ID)
-	if got.Job.State != Done || got.Job.Fetched != 2 || got.Job.Held != 0 || got.Job.Failed != 0 || got.Job.Resumed != 1 || got.Job.By != "me" || got.Job.Name != "both" || !got.Job.Good() {
+	// The second image goes on arriving without the job, and may be held by the time it is asked for again.
+	if got.Job.State != Done || got.Job.Fetched+got.Job.Held != 2 || got.Job.Fetched < 1 || got.Job.Failed != 0 || got.Job.Resumed != 1 || got.Job.By != "me" || got.Job.Name != "both" || !got.Job.Good() {
 		t.Errorf("after the restart it is %+v", got.Job)
 	}
 	stop()
