@@ -56,7 +56,7 @@ type download struct {
 	hurry  func()
 	// carried is the image that somebody brought, nil if the publisher sends it. There is nobody to ask for the rest of one, or for its signature.
 	carried *Carried
-	// pieced says that the bytes came with more than one answer. It belongs to the goroutine that receives.
+	// pieced says that the bytes came with more than one answer, or before the process did. It belongs to the goroutine that receives.
 	pieced bool
 	// decided is closed with the verdict, good or bad; finished, after that, with the end of the inspection.
 	decided, finished chan struct{}

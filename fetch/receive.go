@@ -490,6 +490,8 @@ func (f *Fetcher) takeUp(d *download, partial *cache.Partial, trace *acproxy.Tra
 	switch {
 	case arrival.Size == have:
 		f.log.Info("an image had arrived already", "ref", arrival.Ref, "bytes", have)
+		// Its end may have been lost with the power, which is no fault of the publisher's.
+		d.pieced = true
 		return nil, d.begin(partial, nil, arrival.Size, arrival.Validators)
 	case !askForRest(header, arrival, have):
 		return f.get(d, nil, trace, partial.Discard())

@@ -442,6 +442,13 @@ func TestARestartGoesOn(t *testing.T) {
 				s.t.Fatal(err)
 			}
 		}},
+		{name: "the file has all bytes, the last ones others", code: "pieces-dont-fit", status: http.StatusOK, from: 0, spoil: func(s *scene) {
+			blob := acitest.Must(s.t, spec("1.0", badSize))
+			clear(blob[badSize-4096:])
+			if err := os.WriteFile(partial(s), blob, 0o600); err != nil {
+				s.t.Fatal(err)
+			}
+		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newScene(t)
