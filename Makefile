@@ -25,8 +25,8 @@ test: ## the tests, as on a machine that has only Go
 race: ## the tests under the race detector
 	$(GO) test -race -timeout $(TIMEOUT) ./...
 
-chaos: ## kill acproxy at every call that changes its files, and have each of them fail: ARGS="-run TestKill"
-	@cd test/chaos && ACPROXY_CHAOS=1 $(GO) test -count 1 -timeout 3h $(ARGS)
+chaos: ## kill acproxy at every call that changes its files, have each of them fail, and everybody misbehave in every way: ARGS="-run TestKill"
+	@ACPROXY_CHAOS=1 ACPROXY_SIM_RUNS=$${ACPROXY_SIM_RUNS:-2000} $(GO) test -p 1 -count 1 -timeout 3h $(ARGS) ./test/chaos ./cache ./fetch ./test/e2e
 
 fuzz-list: ## name the fuzz targets, as package:target
 	@grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . | \

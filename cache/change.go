@@ -289,8 +289,6 @@ func (d *Disk) Learn(found Discovered) error {
 	if err := acproxy.CheckName(found.Name); err != nil {
 		return err
 	}
-	defer d.locks.lock(nameDigest(found.Name))()
-	before, known := d.written(found.Name)
 	// Remembered before it is asked whether an image is held: who commits one asks the other way round.
 	if d.heard.put(found) {
 		d.memory.changes.Add(1)
@@ -298,6 +296,27 @@ func (d *Disk) Learn(found Discovered) error {
 	if held, err := d.HasName(found.Name); !held || err != nil {
 		return err
 	}
+	file, err := seal(found)
+	if err != nil {
+		return err
+	}
+	// Before the name is locked, for which an eviction would wait in turn.
+	promised := pointAllowance + blocks(int64(len(file)))
+	if err := d.space.promise(d.ctx, promised, "what discovery found out about "+found.Name); err != nil {
+		return err
+	}
+	defer d.space.release(promised)
+	return d.writeHeard(found.Name)
+}
+
+// writeHeard writes down what was heard of a name last.
+func (d *Disk) writeHeard(name string) error {
+	defer d.locks.lock(nameDigest(name))()
+	found, ok := d.heard.get(name)
+	if !ok {
+		return nil // somebody else has just done so
+	}
+	before, known := d.written(name)
 	when := before.When
 	before.When = found.When
 	if !known || !reflect.DeepEqual(before, found) || found.When.Sub(when) > keptEvery {
@@ -308,7 +327,7 @@ func (d *Disk) Learn(found Discovered) error {
 		if err := d.on((*index).mark); err != nil {
 			return err
 		}
-		if err := d.writeName(found.Name, file); err != nil {
+		if err := d.writeName(name, file); err != nil {
 			return err
 		}
 	}
@@ -319,13 +338,8 @@ func (d *Disk) Learn(found Discovered) error {
 	return nil
 }
 
-// writeName writes the file of a name, if there is space for it: no image goes for that. The caller holds the lock of the name, and so must not wait for an eviction.
+// writeName writes the file of a name. The caller has space for it, and holds the lock of the name, unless it is alone.
 func (d *Disk) writeName(name string, file []byte) error {
-	promised := pointAllowance + blocks(int64(len(file)))
-	if !d.space.tryPromise(promised) {
-		return &acproxy.Error{Kind: acproxy.ErrNoSpace, Code: codeQuota, Detail: "what discovery found out about " + name + " is not written down: there is no space free"}
-	}
-	defer d.space.release(promised)
 	d.measuring.RLock()
 	defer d.measuring.RUnlock()
 	before := int64(0)

@@ -201,7 +201,9 @@ func (d *Disk) removeImages(choose func(tx *bolt.Tx, drop func(h held, used time
 		}
 	}
 	for _, k := range names {
-		d.heard.put(k)
+		if _, newer := d.heard.get(k.Name); !newer {
+			d.heard.put(k)
+		}
 	}
 	err = errors.Join(d.removeFilesOf(dropped), d.removeNames(names))
 	// While the index is made, what files say counts as well.

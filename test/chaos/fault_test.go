@@ -182,6 +182,8 @@ func TestFaultsOfOperations(t *testing.T) {
 // fail has an operation fail at one call, and looks at what is left of it while the server goes on, and when it is started again.
 func (w *world) fail(t *testing.T, op operation, f failure, at point) {
 	r := w.newRun(t, w.stores[op.store].data)
+	// An index that the disk can't read is set aside, and kept.
+	r.unreadable = f.fault.Errno == syscall.EIO
 	store := w.stores[op.store]
 	p := r.begin(op, f.at(at))
 	select {

@@ -141,6 +141,8 @@ func TestFaultsOfPush(t *testing.T) {
 
 func (w *world) failBringing(t *testing.T, op bringing, f failure, at point) {
 	r := w.newRun(t, w.stores[op.store].data)
+	// An index that the disk can't read is set aside, and kept.
+	r.unreadable = f.fault.Errno == syscall.EIO
 	p := r.do(op.operation, f.at(at))
 	told := r.brought == nil
 	if op.args != nil {
