@@ -348,11 +348,8 @@ func (d *Disk) openWhole(rec Record) (*os.File, error) {
 // openOrLose opens a blob, or sees to it that its image counts as lost.
 func (d *Disk) openOrLose(digest acproxy.Digest) (*Blob, error) {
 	blob, unnoted, err := d.openOrLoseLocked(digest)
-	if d.relief(d.ctx, unnoted, blockSize) {
-		blob, unnoted, err = d.openOrLoseLocked(digest)
-	}
 	if unnoted != nil {
-		// It is barred: that it is gone is as true.
+		// It is barred: that it is gone is as true. No other image goes for the note.
 		d.log.Error("an image that is lost could not be noted as such", "digest", digest, "err", unnoted)
 	}
 	return blob, err

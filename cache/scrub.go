@@ -717,9 +717,6 @@ func (d *Disk) sumBlob(r io.Reader, rec Record) (acproxy.Digest, acproxy.ImageID
 func (s *scrubber) condemn(rec Record, v verdict) error {
 	d := s.d
 	done, err := d.condemn(rec.Digest, v)
-	if d.relief(d.ctx, err, blockSize) {
-		done, err = d.condemn(rec.Digest, v)
-	}
 	if err == nil && !done {
 		return errGone
 	}
