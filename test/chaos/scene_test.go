@@ -490,6 +490,9 @@ func (r *run) tidy(p *process, damaged ...ref) {
 		r.t.Errorf("partial holds %q", left)
 	}
 	for _, name := range names("quarantine") {
+		if r.unreadable && strings.Contains(name, ".json-") {
+			continue // without its index nobody knows whether a sidecar without a blob was on its way in, or has lost it
+		}
 		if !slices.ContainsFunc(damaged, func(of ref) bool { return strings.Contains(name, r.w.images[of].sum) }) {
 			r.t.Errorf("quarantine holds %s", name)
 		}
