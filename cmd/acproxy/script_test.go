@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -66,6 +67,7 @@ func meddledDrill() {
 //	publisher stop                             takes it down
 //	serve CONFIG                               starts acproxy serve, and waits until it serves
 //	get PATH                                   asks the server for a path and wants 200
+//	inspected CONFIG                           waits until the image IDs of all that the server holds are known, which may come after their bytes
 //	halt                                       stops the server (stop is a word of testscript: it ends the script)
 //	exit CODE COMMAND…                         runs a command, which has to end with that exit code
 //	flip FILE                                  changes one bit in the middle of a file
@@ -78,7 +80,7 @@ func TestScript(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"key": cmdKey, "image": cmdImage, "publisher": cmdPublisher, "serve": cmdServe, "get": cmdGet, "halt": cmdHalt,
+			"key": cmdKey, "image": cmdImage, "publisher": cmdPublisher, "serve": cmdServe, "get": cmdGet, "inspected": cmdInspected, "halt": cmdHalt,
 			"digest": cmdDigest, "blob": cmdBlob, "append": cmdAppend, "exit": cmdExit, "flip": cmdFlip, "mode": cmdMode,
 		},
 	})
@@ -290,6 +292,21 @@ func cmdGet(ts *testscript.TestScript, neg bool, args []string) {
 	body, err := io.ReadAll(resp.Body)
 	if ok := err == nil && resp.StatusCode == http.StatusOK; ok == neg {
 		ts.Fatalf("%s: %s, %v\n%.1000s", args[0], resp.Status, err, body)
+	}
+}
+
+func cmdInspected(ts *testscript.TestScript, neg bool, args []string) {
+	usage(ts, !neg && len(args) == 1, "inspected CONFIG")
+	waiting := regexp.MustCompile(`"inspected": ?false`)
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		ts.Check(ts.Exec("acproxy", "images", "--json", "--config", args[0]))
+		out := ts.ReadFile("stdout")
+		if !waiting.MatchString(out) {
+			return
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("not inspected yet: %s", out)
+		}
 	}
 }
 
