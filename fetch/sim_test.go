@@ -275,7 +275,6 @@ type simulation struct {
 	mu        sync.Mutex
 	disturbed time.Time // when the proxy was last restarted
 	deleted   map[acproxy.Digest]time.Time
-	upset     map[string]int // how often a body may have been fetched again, by what simPublisher.served has
 	asking    sync.WaitGroup
 	answers   map[string]int
 }
@@ -346,7 +345,6 @@ func (s *simulation) delete(n, v int) {
 	}
 	s.mu.Lock()
 	s.deleted[resolved.Digest] = time.Now()
-	s.upset[fmt.Sprintf("%d pub%d.example", v+1, n)]++
 	s.mu.Unlock()
 	if err := s.store.Delete(s.t.Context(), resolved.Digest); err != nil {
 		s.failf("deleting: %v", err)
@@ -476,7 +474,7 @@ func simulate(t *testing.T, seed uint64, dir string, keys *trust.Keyring, total 
 	s := &simulation{
 		t: t, seed: seed, random: random, dir: dir, keys: keys,
 		pub:     &simPublisher{random: rand.New(rand.NewPCG(seed, 2)), served: make(map[string]int)},
-		deleted: make(map[acproxy.Digest]time.Time), upset: make(map[string]int), answers: make(map[string]int),
+		deleted: make(map[acproxy.Digest]time.Time), answers: make(map[string]int),
 	}
 	for n := range simNames {
 		s.pub.say(n, 0)
