@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -96,6 +97,7 @@ func newStage(o options) (st *stage, err error) {
 	return st, os.WriteFile(st.config(), fmt.Appendf(nil, `
 data_dir: %[1]s/data
 listen: [{address: "127.0.0.1:0", tls: none}]
+admin: {listen: []}
 dial:
   hosts: {%[2]s: %[3]q, storage.%[2]s: %[3]q}
   stall_timeout: 2s
@@ -209,7 +211,8 @@ func (st *stage) start() error {
 	st.cmd, st.exited, st.address = cmd, exited, ""
 	st.mu.Unlock()
 	for {
-		if address, err := st.listening(cmd.Process.Pid); err == nil {
+		// Operators' socket is the last one that it opens.
+		if address, err := st.listening(cmd.Process.Pid); err == nil && st.operated() {
 			st.mu.Lock()
 			st.address = address
 			st.mu.Unlock()
@@ -225,6 +228,15 @@ func (st *stage) start() error {
 			return errors.New("the server doesn't serve after 20 s")
 		}
 	}
+}
+
+// operated reports whether the server can be asked by operators.
+func (st *stage) operated() bool {
+	conn, err := net.Dial("unix", st.socket())
+	if err != nil {
+		return false
+	}
+	return conn.Close() == nil
 }
 
 // listening returns where the server listens, once it answers there.
@@ -338,7 +350,7 @@ func (st *stage) spoil(random *rand.Rand) (what string, err error) {
 	if random.IntN(2) == 0 {
 		what, err = "a blob goes away", os.Remove(blob)
 	} else {
-		what, err = "a blob is cut", os.Truncate(blob, random.Int64N(1000))
+		what, err = "a blob is cut", cut(blob, random.Int64N(1000), filepath.Join(st.dir, "cut"))
 	}
 	st.spoiled[filepath.Base(blob)] = true
 	if errors.Is(err, fs.ErrNotExist) {
