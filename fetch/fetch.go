@@ -118,6 +118,7 @@ type Fetcher struct {
 	learning  map[string]bool           // names whose discovery is being refreshed
 	refused   map[acproxy.Digest]string // held images that the last Rejudge found not acceptable, with the outcome
 	retry     map[acproxy.Ref]time.Time
+	replaced  map[acproxy.Digest]replaced // images that Mend does not ask for at the moment
 }
 
 // New returns a Fetcher. Close ends what it has in progress.
@@ -149,6 +150,7 @@ func New(cfg Config) *Fetcher {
 		downloads: make(map[string]*download),
 		learning:  make(map[string]bool),
 		retry:     make(map[acproxy.Ref]time.Time),
+		replaced:  make(map[acproxy.Digest]replaced),
 	}
 	if f.log == nil {
 		f.log = slog.Default()
@@ -424,8 +426,11 @@ func (f *Fetcher) ByImageID(ctx context.Context, digits string, may func(name st
 
 func (f *Fetcher) answer(ctx context.Context, req Request) (answer, error) {
 	a, err := f.find(ctx, req)
-	if err != nil && req.Client != "" {
+	switch {
+	case err != nil && req.Client != "":
 		f.missed(req.Ref, false, err)
+	case err == nil && a.download == nil:
+		f.cfg.Store.Touch(a.record.Digest)
 	}
 	return a, err
 }
@@ -512,7 +517,6 @@ func (f *Fetcher) held(ctx context.Context, req Request, policy Policy, resolved
 	if err := f.acceptable(rec); err != nil {
 		return answer{}, err
 	}
-	f.cfg.Store.Touch(rec.Digest)
 	return answer{status: status, resolved: resolved, record: rec}, nil
 }
 
@@ -540,7 +544,6 @@ func (f *Fetcher) belonging(req Request, policy Policy, resolved cache.Resolutio
 	if f.acceptable(rec) != nil {
 		return answer{}, false
 	}
-	f.cfg.Store.Touch(rec.Digest)
 	status := Hit
 	if cache.Age(f.now(), resolved.Validated) >= f.jittered(policy.TTL, req.Ref.String(), resolved.Validated) {
 		status = Stale
@@ -625,7 +628,6 @@ func (f *Fetcher) fallback(ref acproxy.Ref, cause error) (answer, error) {
 	if local {
 		status = Hit
 	}
-	f.cfg.Store.Touch(rec.Digest)
 	return answer{status: status, record: rec, resolved: cache.Resolution{Ref: ref, Digest: rec.Digest, Modified: rec.Modified, Source: rec.Source}}, nil
 }
 

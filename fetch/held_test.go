@@ -486,3 +486,30 @@ func TestWhoHasTheImageGetsNoFile(t *testing.T) {
 }
 
 func everyName(string) bool { return true }
+
+// TestEveryHitIsAUse: who answers with what is held says so, however it was found.
+func TestEveryHitIsAUse(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		find func(s *scene, blob []byte)
+	}{
+		{"held", func(s *scene, blob []byte) { s.want(s.app("1.0.0"), blob, Hit) }},
+		{"latest, whose signature shows that it is held", func(s *scene, blob []byte) { s.want(s.app(""), blob, Hit) }},
+		{"by the only one that fits", func(s *scene, blob []byte) {
+			s.pub.Stop()
+			s.want(s.app(""), blob, Stale)
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newScene(t)
+			blob := s.publish(spec("1.0.0", 1000))
+			s.want(s.app("1.0.0"), blob, Miss)
+			s.idle()
+			s.clock.advance(time.Hour)
+			test.find(s, blob)
+			if rec, err := s.store.Record(s.record(s.app("1.0.0")).Digest); err != nil || rec.Used.Before(s.clock.Now()) {
+				t.Errorf("Record says that it was used at %v, %v; want %v", rec.Used, err, s.clock.Now())
+			}
+		})
+	}
+}

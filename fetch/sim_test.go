@@ -3,18 +3,22 @@ package fetch
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -47,6 +51,10 @@ const (
 	simTimeout  = 10 * time.Second
 	// simFlight is more than a flight can take: its turn, and the attempts after one another.
 	simFlight = 4 * time.Minute
+	// simGrace is for how long what was used is not evicted, in the lives that have that.
+	simGrace = time.Minute
+	// simLatency keeps an image from coming back in the same moment in which it was evicted.
+	simLatency = 10 * time.Millisecond
 	// simCalm is how long all has to be well, so that whoever asks then has to be answered: pauses and memories of failures are over.
 	simCalm = 6 * time.Minute
 )
@@ -60,6 +68,13 @@ type simImage struct {
 const (
 	simNames    = 3
 	simVersions = 4
+	// simSize is what an image takes at most, with what is promised for it.
+	simSize = 400 << 10
+	// simIndex is what a store takes beside its images, and simSpare what it promises to itself and hardly uses: the pages that the index writes anew.
+	simIndex = 448 << 10
+	simSpare = 1 << 20
+	// simRoom is for how many images a store has room at least: one of each name that its publisher has no more, and one that arrives.
+	simRoom = simNames + 1
 )
 
 // simMaterial are the images of each name, signed by a key that is older than the time at which a simulation begins.
@@ -73,7 +88,7 @@ var simMaterial = sync.OnceValue(func() (m struct {
 		for v := range simVersions {
 			im := simImage{version: fmt.Sprint(v + 1)}
 			im.aci = acitest.Must(fatal{}, acitest.Spec{
-				Name: simName(n), Labels: map[string]string{"version": im.version}, RootfsSize: 3000, Seed: uint64(10*n + v), Compression: acitest.None,
+				Name: simName(n), Labels: map[string]string{"version": im.version}, RootfsSize: 300 << 10, Seed: uint64(10*n + v), Compression: acitest.None,
 			})
 			var err error
 			if im.sign, err = m.key.Sign(bytes.NewReader(im.aci), trusttest.SignOptions{Time: long.Add(time.Hour)}); err != nil {
@@ -84,6 +99,8 @@ var simMaterial = sync.OnceValue(func() (m struct {
 	}
 	return m
 })
+
+func simNumber(name string) int { return int(name[len("pub")] - '0') }
 
 func simName(n int) string { return fmt.Sprintf("pub%d.example/app", n) }
 
@@ -101,15 +118,16 @@ const (
 	simFaults
 )
 
-// simPublisher is a publisher in memory, and the model of what it has said.
+// simPublisher is a publisher in memory for each name, and the model of what it has said.
 type simPublisher struct {
 	random  *rand.Rand
 	mu      sync.Mutex
-	fault   simFault
-	ill     time.Time // when it was last anything but well; zero if never
+	fault   [simNames]simFault
+	since   [simNames]time.Time // when that fault began
+	ill     [simNames]time.Time // when it was last anything but well; zero if never
 	latest  [simNames]int
 	history [simNames][]simMoment
-	served  map[string]int // whole bodies, by the image's URL
+	served  map[string]int // whole bodies, by version and host
 	conns   sync.WaitGroup
 }
 
@@ -126,20 +144,29 @@ func (p *simPublisher) say(n, version int) {
 	p.history[n] = append(p.history[n], simMoment{time.Now(), version})
 }
 
-func (p *simPublisher) misbehave(f simFault) {
+func (p *simPublisher) misbehave(n int, f simFault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if f != simWell || p.fault != simWell {
-		p.ill = time.Now()
+	if f != simWell || p.fault[n] != simWell {
+		p.ill[n] = time.Now()
 	}
-	p.fault = f
+	if p.fault[n] != f {
+		p.fault[n], p.since[n] = f, time.Now()
+	}
+}
+
+// goneSince reports whether it has had nothing, at any time from one on.
+func (p *simPublisher) goneSince(n int, from time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.fault[n] == simGone && !p.since[n].After(from)
 }
 
 // calm reports whether all has been well since a time.
-func (p *simPublisher) calm(since time.Time) bool {
+func (p *simPublisher) calm(n int, since time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.fault == simWell && (p.ill.IsZero() || p.ill.Before(since))
+	return p.fault[n] == simWell && (p.ill[n].IsZero() || p.ill[n].Before(since))
 }
 
 // wasLatest reports whether a version was the latest at some time in a span.
@@ -159,9 +186,11 @@ func (p *simPublisher) wasLatest(n int, version string, from, to time.Time) bool
 }
 
 func (p *simPublisher) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	time.Sleep(simLatency)
+	n := simNumber(r.Host)
 	p.mu.Lock()
-	fault := p.fault
-	cut := p.random.IntN(3000)
+	fault := p.fault[n]
+	cut := p.random.IntN(300 << 10)
 	p.mu.Unlock()
 	switch fault {
 	case simBroken:
@@ -175,7 +204,6 @@ func (p *simPublisher) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusNotFound)
 		return
 	}
-	n := int(r.Host[len("pub")] - '0')
 	file := strings.TrimPrefix(r.URL.Path, "/")
 	version, isSignature := strings.CutSuffix(file, ".aci.asc")
 	version = strings.TrimSuffix(version, ".aci")
@@ -192,12 +220,13 @@ func (p *simPublisher) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("ETag", `"`+im.version+`"`)
 	if fault != simCuts && fault != simStalls || isSignature {
-		if r.Header.Get("Range") == "" && !isSignature {
+		counted := &counting{ResponseWriter: w}
+		http.ServeContent(counted, r, "", time.Time{}, bytes.NewReader(body))
+		if counted.n == len(im.aci) {
 			p.mu.Lock()
 			p.served[im.version+" "+r.Host]++
 			p.mu.Unlock()
 		}
-		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
 		return
 	}
 	w.Header().Set("Content-Length", fmt.Sprint(len(body)))
@@ -210,10 +239,26 @@ func (p *simPublisher) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	panic(http.ErrAbortHandler)
 }
 
+// counting counts the bytes of a body that were taken.
+type counting struct {
+	http.ResponseWriter
+	n int
+}
+
+func (c *counting) Write(p []byte) (int, error) {
+	n, err := c.ResponseWriter.Write(p)
+	c.n += n
+	return n, err
+}
+
+// simAddresses are where the publishers of the names are.
+var simAddresses = [simNames]string{"192.0.2.1:80", "192.0.2.2:80", "192.0.2.3:80"}
+
 // dial connects to the publisher through memory.
-func (p *simPublisher) dial(context.Context, string, string) (net.Conn, error) {
+func (p *simPublisher) dial(_ context.Context, _, address string) (net.Conn, error) {
+	n := slices.IndexFunc(simAddresses[:], func(a string) bool { return a == address })
 	p.mu.Lock()
-	fault := p.fault
+	fault := p.fault[n]
 	p.mu.Unlock()
 	if fault == simRefuses {
 		return nil, errors.New("connection refused")
@@ -266,6 +311,9 @@ type simulation struct {
 	pub    *simPublisher
 	dir    string
 	keys   *trust.Keyring
+	// What the disk holds, in bytes of whole blocks, and for how long what was used stays. A disk of no size has no end.
+	capacity int64
+	quota    cache.Quota
 
 	store  *cache.Disk
 	client *web.Client
@@ -273,8 +321,14 @@ type simulation struct {
 	f      *Fetcher
 
 	mu        sync.Mutex
-	disturbed time.Time // when the proxy was last restarted
-	deleted   map[acproxy.Digest]time.Time
+	disturbed time.Time                    // when the proxy was last restarted
+	alone     bool                         // nobody asks beside
+	deleted   time.Time                    // when the last image was deleted
+	removed   map[acproxy.Digest]time.Time // when each was last deleted or evicted
+	evicted   map[acproxy.Digest]int       // how often
+	reading   map[acproxy.Digest]int       // by how many it is being read
+	used      map[acproxy.Digest]time.Time // when it was last asked for, and had
+	gone      map[acproxy.Digest]time.Time // when it was last said that its publisher has it no more
 	asking    sync.WaitGroup
 	answers   map[string]int
 }
@@ -286,7 +340,11 @@ func (s *simulation) failf(format string, args ...any) {
 
 func (s *simulation) open() {
 	var err error
-	if s.store, err = cache.Open(s.dir, cache.Options{FS: unsynced{}, Log: slog.New(slog.DiscardHandler)}); err != nil {
+	opts := cache.Options{FS: unsynced{}, Log: slog.New(slog.DiscardHandler), Quota: s.quota, Evicted: s.forget}
+	if s.capacity > 0 {
+		opts.Free = func() (int64, error) { return s.free(), nil }
+	}
+	if s.store, err = cache.Open(s.dir, opts); err != nil {
 		s.t.Fatal(err)
 	}
 	if err := s.store.Ready(s.t.Context()); err != nil {
@@ -296,7 +354,7 @@ func (s *simulation) open() {
 	var rules []discovery.Rule
 	for n := range simNames {
 		host, _, _ := strings.Cut(simName(n), "/")
-		hosts[host] = "192.0.2.1:80"
+		hosts[host] = simAddresses[n]
 		rules = append(rules, discovery.Rule{Prefix: simName(n), Templates: []string{"http://" + host + "/{version}.{ext}"}, HTTP: true})
 	}
 	s.client = web.New(web.Config{
@@ -344,10 +402,59 @@ func (s *simulation) delete(n, v int) {
 		return
 	}
 	s.mu.Lock()
-	s.deleted[resolved.Digest] = time.Now()
+	s.deleted = time.Now()
+	s.removed[resolved.Digest] = s.deleted
 	s.mu.Unlock()
 	if err := s.store.Delete(s.t.Context(), resolved.Digest); err != nil {
 		s.failf("deleting: %v", err)
+	}
+}
+
+// free is what the disk has left. That it is never too little is what a quota is for.
+func (s *simulation) free() int64 {
+	before := int64(-1)
+	for {
+		now := int64(0)
+		// What goes while this is looking is looked for again.
+		_ = filepath.WalkDir(s.dir, func(_ string, e fs.DirEntry, err error) error {
+			if err == nil && e.Type().IsRegular() {
+				if fi, err := e.Info(); err == nil {
+					now += fi.Sys().(*syscall.Stat_t).Blocks * 512
+				}
+			}
+			return nil
+		})
+		if now != before {
+			before = now
+			continue
+		}
+		if left := s.capacity - now; left < simSpare*7/8 {
+			s.failf("the store takes %d bytes of %d, and leaves %d", now, s.capacity, left)
+		}
+		return s.capacity - now
+	}
+}
+
+// forget holds an eviction against the model: nothing goes that is being read, was just used, or that its publisher has no more.
+func (s *simulation) forget(e cache.Eviction) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.answers["evicted "+e.Kind]++
+	if e.Record == nil {
+		return
+	}
+	digest, now := e.Record.Digest, time.Now()
+	what := e.Record.Name + ":" + e.Record.Labels[acproxy.LabelVersion]
+	s.removed[digest] = now
+	s.evicted[digest]++
+	if s.reading[digest] > 0 {
+		s.failf("%s was evicted while it was read", what)
+	}
+	if used, ok := s.used[digest]; ok && now.Sub(used) < s.quota.Grace {
+		s.failf("%s was evicted %v after it was used, as of %v before, because of %s", what, now.Sub(used), now.Sub(e.Used), e.Reason)
+	}
+	if gone, ok := s.gone[digest]; ok && s.pub.goneSince(simNumber(e.Record.Name), gone) {
+		s.failf("%s was evicted, which its publisher has had no more since %v", what, gone)
 	}
 }
 
@@ -363,10 +470,10 @@ func simRef(t *testing.T, n int, version string) acproxy.Ref {
 	return ref
 }
 
-// ask asks for an image as a node does, and holds the answer against the model.
-func (s *simulation) ask(n int, version string) {
+// ask asks for an image as a node does, which takes its time to begin to read, and holds the answer against the model.
+func (s *simulation) ask(n int, version string, slow time.Duration) {
 	ref := simRef(s.t, n, version)
-	ctx, cancel := context.WithTimeout(s.t.Context(), simFlight)
+	ctx, cancel := context.WithTimeout(s.t.Context(), simFlight+slow)
 	defer cancel()
 	began := time.Now()
 	held, _, notHeld := s.store.Resolve(ctx, ref)
@@ -377,28 +484,38 @@ func (s *simulation) ask(n int, version string) {
 	if err == nil {
 		// Whoever has waited for the publisher and sees something new begin has it or has nothing, as with any proxy.
 		status, following = im.Status, version == "" && im.Arriving()
+		done := func() {}
+		if !im.Arriving() {
+			done = s.reads(version, im.Record.Digest, status, began)
+		}
+		time.Sleep(slow)
 		got, err = deliver(ctx, im)
+		done()
 		_ = im.Close()
 	}
 	ended := time.Now()
 	s.mu.Lock()
 	quiet := s.disturbed.Before(began) // no restart meanwhile
-	deleted := notHeld == nil && !s.deleted[held.Digest].Before(began)
-	calm := s.disturbed.IsZero() || s.disturbed.Before(began.Add(-simCalm))
-	for _, at := range s.deleted {
-		calm = calm && at.Before(began.Add(-simCalm))
+	removed := notHeld == nil && !s.removed[held.Digest].Before(began)
+	calm := s.disturbed.Before(began.Add(-simCalm)) && s.deleted.Before(began.Add(-simCalm))
+	full := s.capacity > 0 && errors.Is(err, acproxy.ErrNoSpace) && !s.alone
+	if full {
+		s.answers["no space"]++
+	} else {
+		s.answers[fmt.Sprint(status, " ", err == nil)]++
 	}
-	s.answers[fmt.Sprint(status, " ", err == nil)]++
 	s.mu.Unlock()
 	if err != nil {
 		switch {
 		case ctx.Err() != nil && s.t.Context().Err() == nil:
-			s.failf("%v was not answered within %v", ref, simFlight)
+			s.failf("%v was not answered within %v", ref, simFlight+slow)
 		case acproxy.KindOf(err) == nil:
 			s.failf("%v: an error of no kind: %v", ref, err)
-		case notHeld == nil && quiet && !deleted && !following:
+		case full:
+			// Others read or receive what would have to go.
+		case notHeld == nil && quiet && !removed && !following:
 			s.failf("%v was held, and yet: %v", ref, err)
-		case calm && s.pub.calm(began.Add(-simCalm)):
+		case calm && s.pub.calm(n, began.Add(-simCalm)):
 			s.failf("%v: all is well, and yet: %v", ref, err)
 		}
 		return
@@ -413,21 +530,39 @@ func (s *simulation) ask(n int, version string) {
 	if version != "" && is != version {
 		s.failf("%v gave version %s", ref, is)
 	}
-	if version != "" && notHeld == nil && quiet && !deleted && status != Hit && status != Gone {
+	if version != "" && notHeld == nil && quiet && !removed && status != Hit && status != Gone {
 		s.failf("%v was held, and its status is %v", ref, status)
 	}
 	if version == "" {
 		// How far back what is said to be fresh, or stale within bounds, may lie.
 		back := map[Status]time.Duration{Hit: simTTL, Revalidated: 0, Miss: 0, Joined: 0, Stale: simTTL + simMaxStale}[status]
-		bounded := status != Gone && (status != Stale || s.pub.calm(began.Add(-simCalm-back)))
+		// What there is no room for is as good as what can't be had.
+		bounded := status != Gone && (status != Stale || s.capacity == 0 && s.pub.calm(n, began.Add(-simCalm-back)))
 		if bounded && !s.pub.wasLatest(n, is, began.Add(-back-simFlight), ended) {
 			s.failf("%v gave version %s as %v, which had not been the latest for %v", ref, is, status, back+simFlight)
 		}
 	}
 }
 
+// reads notes that an image is being read, until done is called.
+func (s *simulation) reads(version string, digest acproxy.Digest, status Status, began time.Time) (done func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reading[digest]++
+	s.used[digest] = began
+	if version == "" && status == Gone {
+		s.gone[digest] = began
+	}
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.reading[digest]--
+	}
+}
+
 // TestSimulation runs random lives of a proxy against a simple model: what a request is answered with was published for it, is as fresh as it is said to
-// be, comes if it is held whatever the publisher does, and comes at all if the publisher is well.
+// be, comes if it is held whatever the publisher does, and comes at all if the publisher is well. In half of the lives the disk is too small for all images:
+// then it is never filled, and what is evicted for another image was not needed.
 func TestSimulation(t *testing.T) {
 	runs, first := simRuns, uint64(time.Now().UnixNano())
 	if n, err := strconv.Atoi(os.Getenv(simRunsEnv)); err == nil {
@@ -474,7 +609,18 @@ func simulate(t *testing.T, seed uint64, dir string, keys *trust.Keyring, total 
 	s := &simulation{
 		t: t, seed: seed, random: random, dir: dir, keys: keys,
 		pub:     &simPublisher{random: rand.New(rand.NewPCG(seed, 2)), served: make(map[string]int)},
-		deleted: make(map[acproxy.Digest]time.Time), answers: make(map[string]int),
+		removed: make(map[acproxy.Digest]time.Time), evicted: make(map[acproxy.Digest]int), reading: make(map[acproxy.Digest]int),
+		used: make(map[acproxy.Digest]time.Time), gone: make(map[acproxy.Digest]time.Time), answers: make(map[string]int),
+	}
+	if random.IntN(2) == 0 {
+		s.capacity = simSpare + simIndex + simSize*int64(simRoom+random.IntN(simRoom))
+		s.quota = cache.Quota{MinFree: 1, High: 100, Low: 100, Grace: -1}
+		if random.IntN(2) == 0 {
+			s.quota.Grace = simGrace
+		}
+		if random.IntN(2) == 0 {
+			s.quota.High, s.quota.Low = 95, 80
+		}
 	}
 	for n := range simNames {
 		s.pub.say(n, 0)
@@ -482,25 +628,37 @@ func simulate(t *testing.T, seed uint64, dir string, keys *trust.Keyring, total 
 	s.open()
 	// Some lives are without disturbance, so that it can be seen that nothing is fetched twice.
 	troubled := random.IntN(4) > 0
+	names := simNames
+	if troubled && random.IntN(3) == 0 {
+		// The publisher of the last name goes away early, and what is held of it is not asked for again.
+		names--
+		s.ask(names, "", 0)
+		s.pub.misbehave(names, simGone)
+		time.Sleep(simTTL + simMaxStale)
+		s.ask(names, "", 0)
+	}
 	for range 20 + random.IntN(60) {
 		time.Sleep(time.Duration(random.ExpFloat64() * float64(15*time.Second)))
-		n := random.IntN(simNames)
+		n := random.IntN(names)
 		switch act := random.IntN(20); {
 		case act < 12:
 			version := ""
 			if random.IntN(2) == 0 {
 				version = fmt.Sprint(1 + random.IntN(simVersions))
 			}
+			slow := time.Duration(random.IntN(2)*random.IntN(40)) * time.Second
 			for range 1 + random.IntN(3)*random.IntN(2) {
-				s.asking.Go(func() { s.ask(n, version) })
+				s.asking.Go(func() { s.ask(n, version, slow) })
 			}
 		case act < 14:
 			s.pub.say(n, random.IntN(simVersions))
 		case !troubled:
 		case act < 17:
-			s.pub.misbehave(simFault(random.IntN(int(simFaults))))
+			s.pub.misbehave(n, simFault(random.IntN(int(simFaults))))
 		case act < 18:
-			s.pub.misbehave(simWell)
+			for n := range names {
+				s.pub.misbehave(n, simWell)
+			}
 		case act < 19:
 			s.delete(n, random.IntN(simVersions))
 		default:
@@ -508,18 +666,25 @@ func simulate(t *testing.T, seed uint64, dir string, keys *trust.Keyring, total 
 		}
 	}
 	// In the end all is well again, and everybody gets everything.
-	s.pub.misbehave(simWell)
+	for n := range simNames {
+		s.pub.misbehave(n, simWell)
+	}
 	s.asking.Wait()
 	time.Sleep(simCalm + time.Minute)
-	for n := range simNames {
-		for _, version := range []string{"", "1", "2", "3", "4"} {
-			s.ask(n, version)
+	s.alone = true
+	for _, version := range []string{"", "1", "2", "3", "4"} {
+		for n := range simNames {
+			s.ask(n, version, 0)
+			time.Sleep(simGrace + time.Minute)
 		}
 	}
 	if !troubled {
-		for url, times := range s.pub.served {
-			if times > 1 {
-				s.failf("the publisher sent %s %d times", url, times)
+		for n, images := range simMaterial().images {
+			for _, im := range images {
+				host, _, _ := strings.Cut(simName(n), "/")
+				if times, most := s.pub.served[im.version+" "+host], 1+s.evicted[sha256.Sum256(im.aci)]; times > most {
+					s.failf("the publisher sent version %s of %s %d times, and it was evicted %d times", im.version, host, times, most-1)
+				}
 			}
 		}
 	}
