@@ -300,7 +300,7 @@ func contentRefused(err error) bool {
 	var refusal *trust.Refusal
 	var violation *aci.Violation
 	switch code := acproxy.Code(err); code {
-	case "wrong-name", "wrong-labels", codeTooLarge, "changed-upstream", codeQuarantined:
+	case "wrong-name", "wrong-labels", codeTooLarge, codeChanged, codeQuarantined:
 		return true
 	}
 	return errors.As(err, &refusal) || errors.As(err, &violation)

@@ -96,6 +96,8 @@ const (
 	codeQuarantined = "quarantined"
 	// codeBlobGone is the code of an image whose bytes are lost, the store's too.
 	codeBlobGone = "blob-gone"
+	// codeChanged is the code of an image that is refused because there was another one under its version.
+	codeChanged = "changed-upstream"
 )
 
 // quarantined returns why a quarantined image isn't served. One whose bytes are lost counts as not there.

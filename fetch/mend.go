@@ -32,18 +32,34 @@ type Mended struct {
 // doesn't keep the images of others waiting.
 const mendAtOnce = 4
 
+// An image is replaced if it is lost and its publisher had another one in its place, which was refused. That can only be seen when all of that is here, so it is asked
+// for again after twice as long each time.
+type replaced struct {
+	on    basis // what it was refused on
+	pause time.Duration
+	until time.Time
+}
+
+// The pauses before an image is asked for again for which there was another one.
+const (
+	replacedPause    = 2 * time.Hour
+	replacedMaxPause = 24 * time.Hour
+)
+
 // Mend fetches the images again whose bytes the store has lost, a few at a time, the pinned ones first. They take their turns in the queue like anything else
-// that is fetched. It dials nobody for those that are to be served offline. That an image can't be had is logged; the next call tries again.
+// that is fetched. It dials nobody for those that are to be served offline. That an image can't be had is logged; the next call tries again, or one of the next if its publisher had another
+// one in its place.
 func (f *Fetcher) Mend(ctx context.Context) (Mended, error) {
 	records, err := f.cfg.Store.Lost()
 	if err != nil {
 		return Mended{}, err
 	}
-	slices.SortStableFunc(records, func(a, b cache.Record) int { return -cmp.Compare(weight(a), weight(b)) })
+	ask := f.without(records)
+	slices.SortStableFunc(ask, func(a, b cache.Record) int { return -cmp.Compare(weight(a), weight(b)) })
 	var mended atomic.Int64
 	var group errgroup.Group
 	group.SetLimit(mendAtOnce)
-	for _, rec := range records {
+	for _, rec := range ask {
 		if ctx.Err() != nil {
 			break
 		}
@@ -62,7 +78,9 @@ func (f *Fetcher) Mend(ctx context.Context) (Mended, error) {
 
 // mend fetches a lost image again and reports whether it is whole.
 func (f *Fetcher) mend(ctx context.Context, rec cache.Record) bool {
+	on := f.basis()
 	err := f.Refetch(ctx, rec)
+	f.noteReplaced(rec.Digest, on, err)
 	switch {
 	case err == nil:
 		f.log.Info("an image that was lost is whole again", "name", rec.Name, "digest", rec.Digest)
@@ -72,6 +90,39 @@ func (f *Fetcher) mend(ctx context.Context, rec cache.Record) bool {
 		f.log.Warn("an image that is lost could not be fetched again", "name", rec.Name, "digest", rec.Digest, "err", err)
 	}
 	return err == nil
+}
+
+// noteReplaced notes whether an image was refused because it is another one than the one that was lost.
+func (f *Fetcher) noteReplaced(digest acproxy.Digest, on basis, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if acproxy.Code(err) != codeChanged {
+		delete(f.replaced, digest)
+		return
+	}
+	c := replaced{on: on, pause: replacedPause}
+	if before, ok := f.replaced[digest]; ok && before.on == on {
+		c.pause = min(2*before.pause, replacedMaxPause)
+	}
+	c.until = f.now().Add(c.pause)
+	f.replaced[digest] = c
+}
+
+// without leaves out the images that are not to be asked for at the moment, and forgets of the others what was noted of them.
+func (f *Fetcher) without(lost []cache.Record) []cache.Record {
+	on, now := f.basis(), f.now()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	still := make(map[acproxy.Digest]replaced)
+	ask := slices.DeleteFunc(slices.Clone(lost), func(rec cache.Record) bool {
+		c, ok := f.replaced[rec.Digest]
+		if ok {
+			still[rec.Digest] = c
+		}
+		return ok && c.on == on && now.Before(c.until)
+	})
+	f.replaced = still
+	return ask
 }
 
 func weight(rec cache.Record) int {

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -165,6 +166,20 @@ func TestLostImageThatHasChanged(t *testing.T) {
 					t.Errorf("%v = %d bytes, %v", ref, len(got), err)
 				}
 				s.idle()
+			}
+			var hours []int
+			for hour := range 80 {
+				before, _ := s.requests()
+				s.wantMended(1, 0)
+				s.idle()
+				if now, _ := s.requests(); now > before {
+					hours = append(hours, hour)
+				}
+				s.clock.advance(time.Hour)
+			}
+			// The first time it is told what is remembered.
+			if want := []int{2, 6, 14, 30, 54, 78}; !slices.Equal(hours, want) {
+				t.Errorf("Mend asks for it after %v hours, want %v", hours, want)
 			}
 			if err := s.store.Delete(t.Context(), rec.Digest); err != nil {
 				t.Fatal(err)

@@ -81,5 +81,5 @@ func (c candidate) refuse(before cache.Record, is acproxy.ImageID) error {
 	if c.published {
 		detail = fmt.Sprintf("%v was published as %s, and this is %s; a version doesn't change: give this image another one (or set on_change: follow for its prefix%s)", c.ref, was, is.Short(), forget)
 	}
-	return &acproxy.Error{Kind: acproxy.ErrRefused, Code: "changed-upstream", Detail: detail}
+	return &acproxy.Error{Kind: acproxy.ErrRefused, Code: codeChanged, Detail: detail}
 }
