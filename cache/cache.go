@@ -4,6 +4,7 @@ package cache
 import (
 	"context"
 	"errors"
+	"slices"
 	"syscall"
 	"time"
 
@@ -61,6 +62,8 @@ const (
 	CodeMissing = "blob-missing" // the blob's file is gone
 	CodeDamaged = "blob-damaged" // the blob's file has another size than was written; it was moved to the quarantine directory
 	CodeCorrupt = "blob-corrupt" // the blob's file has other bytes than were written, or can't be read; it was moved to the quarantine directory
+	// CodeForbidden: this process may not open the blob's file, which is where it was. Once it may, the image is whole again.
+	CodeForbidden = "blob-forbidden"
 )
 
 // Quarantined reports whether the image must not be served. Its bytes are kept.
@@ -70,7 +73,7 @@ func (r Record) Quarantined() bool { return r.State == Quarantined }
 func (r Record) Lost() bool { return r.lost() }
 
 func (r Record) lost() bool {
-	return r.Quarantined() && (r.Code == CodeMissing || r.Code == CodeDamaged || r.Code == CodeCorrupt)
+	return r.Quarantined() && slices.Contains([]string{CodeMissing, CodeDamaged, CodeCorrupt, CodeForbidden}, r.Code)
 }
 
 // A Dependency is another image that an image needs (appc specification, "Image Manifest Schema", dependencies).

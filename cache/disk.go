@@ -352,8 +352,10 @@ func orUnknown(pid []byte) string {
 // layOut makes the directories that are missing, and checks the version of those that aren't.
 func (d *Disk) layOut() error {
 	b, err := readSmall(d.path(versionFile), 64)
+	// A version that can't be read keeps nobody from what is held: index and sidecars say themselves which they are of.
+	unreadable := err != nil && beyondHope(err) && !forbidden(err)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist), unreadable:
 	case err != nil:
 		return err
 	default:
@@ -365,14 +367,19 @@ func (d *Disk) layOut() error {
 			return fmt.Errorf("it was written by a newer acproxy: it has version %d, this one reads up to %d; use the newer one", version, Version)
 		}
 	}
-	made := errors.Is(err, fs.ErrNotExist)
+	made := err != nil
 	for _, dir := range []string{blobDir, nameDir, partialDir, quarantineDir} {
 		if err := d.fsys.MkdirAll(d.path(dir), dirPerm); err != nil {
 			return err
 		}
 	}
-	if d.readOnly && !made {
+	if d.readOnly && (!made || unreadable) {
 		return nil
+	}
+	if unreadable {
+		if err := d.setAside(d.path(versionFile), fmt.Sprintf("it can't be read: %v", err)); err != nil {
+			return err
+		}
 	}
 	if err := d.fsys.SyncDir(d.dir); err != nil {
 		return err

@@ -12,8 +12,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/durable"
@@ -159,7 +161,7 @@ func unmade(d *Disk, entries []fs.DirEntry) bool {
 		}
 	}
 	for _, dir := range []string{blobDir, nameDir, quarantineDir} {
-		if len(readable(d.path(dir))) > 0 {
+		if entries, err := os.ReadDir(d.path(dir)); len(entries) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false
 		}
 	}
@@ -204,6 +206,24 @@ func (c *checker) aside(code, path, detail string) {
 	})
 }
 
+// forbidden notes a problem that somebody else has to repair: something that this process may not open.
+func (c *checker) forbidden(code, path string, err error) {
+	c.found(Finding{Code: code, Path: c.d.relative(path), Detail: fmt.Sprintf("it may not be opened: %v", err), Repair: "nothing is done about it: " + allow}, nil)
+}
+
+// list lists a directory as far as it can be listed. That it isn't there, or is none, the layout has found.
+func (c *checker) list(dir string) ([]fs.DirEntry, error) {
+	entries, err := os.ReadDir(dir)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
+		return entries, nil
+	case forbidden(err):
+		c.forbidden(CodeLayout, dir, err)
+		return nil, nil
+	}
+	return nil, err
+}
+
 // ifThere does something about a file that is still there.
 func ifThere(path string, do func() error) error {
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
@@ -223,6 +243,8 @@ func (c *checker) version() error {
 		return nil
 	case errors.Is(err, fs.ErrNotExist):
 		f.Detail = "it is not there"
+	case tooManyOpen(err):
+		return err
 	case err != nil:
 		f.Detail = err.Error()
 	case notNumber != nil || version < 1:
@@ -233,7 +255,7 @@ func (c *checker) version() error {
 		return nil
 	}
 	c.first(f, func(d *Disk) error {
-		if err := replaceable(d, path); err != nil {
+		if err := replaceable(d, path, err == nil); err != nil {
 			return err
 		}
 		return durable.WriteFile(d.fsys, path, []byte(strconv.Itoa(Version)+"\n"), filePerm)
@@ -241,10 +263,10 @@ func (c *checker) version() error {
 	return nil
 }
 
-// replaceable moves what isn't a file out of the way of one, beside it: the quarantine directory may not be there yet.
-func replaceable(d *Disk, path string) error {
+// replaceable moves what can't be read, or isn't a file, out of the way of one, beside it: the quarantine directory may not be there yet.
+func replaceable(d *Disk, path string, read bool) error {
 	fi, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && fi.Mode().IsRegular() {
+	if errors.Is(err, fs.ErrNotExist) || err == nil && read && fi.Mode().IsRegular() {
 		return nil
 	}
 	if err != nil {
@@ -335,6 +357,9 @@ func (c *checker) index(ctx context.Context) (*index, error) {
 	case errors.As(err, &inconsistent):
 		anew(CodeIndexInconsistent, inconsistent.Error())
 		return nil, nil
+	case tooManyOpen(err), errors.Is(err, bolterrors.ErrTimeout), errors.Is(err, syscall.ENOMEM):
+		// It says nothing of the index.
+		return nil, err
 	case err != nil:
 		anew(CodeIndexBroken, err.Error())
 		return nil, nil
@@ -491,17 +516,26 @@ func (c *checker) count() {
 func (c *checker) names(ctx context.Context) error {
 	d := c.d
 	there := make(map[string]bool)
-	for _, e := range readable(d.path(nameDir)) {
+	entries, err := c.list(d.path(nameDir))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		path := d.path(nameDir, e.Name())
-		_, err := d.parseName(path)
-		if err == nil {
+		switch _, err := d.parseName(path); {
+		case err == nil:
 			there[path] = true
-			continue
+		case forbidden(err):
+			there[path] = true
+			c.forbidden(CodeNameUnreadable, path, err)
+		case unreadable(err):
+			c.aside(CodeNameUnreadable, path, err.Error())
+		case !errors.Is(err, fs.ErrNotExist):
+			return err
 		}
-		c.aside(CodeNameUnreadable, path, err.Error())
 	}
 	if d.index() == nil {
 		return nil
@@ -527,16 +561,14 @@ func (c *checker) names(ctx context.Context) error {
 	})
 }
 
-// readable lists a directory as far as it can be listed. What keeps it from being listed is found by the layout.
-func readable(dir string) []fs.DirEntry {
-	entries, _ := os.ReadDir(dir)
-	return entries
-}
-
 // partials looks at what has arrived in part.
 func (c *checker) partials(context.Context) error {
 	d := c.d
-	for _, e := range readable(d.path(partialDir)) {
+	entries, err := c.list(d.path(partialDir))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
 		path := d.path(partialDir, e.Name())
 		partial, isNote := strings.CutSuffix(path, sidecarExt)
 		if isNote {
@@ -556,7 +588,11 @@ func (c *checker) partials(context.Context) error {
 // quarantine lists what was set aside.
 func (c *checker) quarantine(context.Context) error {
 	d := c.d
-	for _, e := range readable(d.path(quarantineDir)) {
+	entries, err := c.list(d.path(quarantineDir))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
 		if strings.HasSuffix(e.Name(), reasonExt) {
 			continue
 		}
@@ -573,8 +609,12 @@ func (c *checker) quarantine(context.Context) error {
 // blobs looks at the images.
 func (c *checker) blobs(ctx context.Context) error {
 	d := c.d
-	for _, e := range readable(d.path(blobDir)) {
-		if b, err := hex.DecodeString(e.Name()); err != nil || len(b) != 1 || !e.IsDir() || e.Name() != hex.EncodeToString(b) {
+	entries, err := c.list(d.path(blobDir))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if b, err := hex.DecodeString(e.Name()); err != nil || len(b) != 1 || e.Name() != hex.EncodeToString(b) {
 			c.aside(CodeStray, d.path(blobDir, e.Name()), "nothing of this name belongs here")
 		}
 	}
@@ -590,10 +630,29 @@ func (c *checker) blobs(ctx context.Context) error {
 func (c *checker) shard(ctx context.Context, name string) error {
 	d := c.d
 	files := make(map[acproxy.Digest]found)
-	for _, e := range readable(d.path(blobDir, name)) {
-		digest, isSidecar, ok := shardFile(name, e.Name())
+	path := d.path(blobDir, name)
+	names, err := namesIn(path)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrNotExist):
+	case forbidden(err):
+		c.forbidden(CodeLayout, path, err)
+		return nil
+	case beyondHope(err):
+		f := Finding{Code: CodeLayout, Path: d.relative(path), Detail: fmt.Sprintf("it can't be listed: %v", err), Repair: "it is moved to the quarantine directory"}
+		c.found(f, func(d *Disk) error {
+			// The start may have made another one in its place.
+			if _, err := namesIn(path); beyondHope(err) {
+				return d.setShardAside(name, err)
+			}
+			return nil
+		})
+	default:
+		return err
+	}
+	for _, file := range names {
+		digest, isSidecar, ok := shardFile(name, file)
 		if !ok {
-			c.aside(CodeStray, d.path(blobDir, name, e.Name()), "nothing of this name belongs here")
+			c.aside(CodeStray, d.path(blobDir, name, file), "nothing of this name belongs here")
 			continue
 		}
 		f := files[digest]
@@ -646,7 +705,7 @@ func (c *checker) image(ctx context.Context, digest acproxy.Digest, f found) err
 		}
 	}
 	if known != nil {
-		if known.Record.lost() && f.blob {
+		if known.Record.lost() && f.blob && d.mayRead(digest) {
 			nf := d.finding(known.Record, CodeFound, d.blobPath(digest), "the image is marked as lost, and there are bytes of it")
 			nf.Repair, nf.Note = regained, c.unclean
 			c.sum.Known++
@@ -664,6 +723,8 @@ func (c *checker) image(ctx context.Context, digest acproxy.Digest, f found) err
 	}
 	sidecarPath, blobPath := d.sidecarPath(digest), d.blobPath(digest)
 	switch {
+	case beside == nil && f.sidecar && forbidden(err):
+		c.forbidden(CodeSidecarUnreadable, sidecarPath, err)
 	case beside == nil && f.sidecar:
 		c.aside(CodeSidecarUnreadable, sidecarPath, err.Error())
 		if f.blob {

@@ -124,18 +124,24 @@ func openIndex(path string, memory *memory, space *space, maxMapped int64) (*ind
 		}
 		return err
 	})
-	switch {
-	case errors.Is(err, bolterrors.ErrTimeout):
-		return nil, fmt.Errorf("opening %s: another program has had it open for %v: end it, or copy the file for it", path, openTimeout)
-	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrVersionMismatch), errors.Is(err, bolterrors.ErrChecksum):
-		return nil, broken("%v", err)
-	case err != nil:
-		return nil, fmt.Errorf("opening %s: %w", path, brokenBy(err))
+	if err != nil {
+		return nil, notOpened(path, err)
 	}
 	x.db.AllocSize = growBy
 	// Ends with close, which waits for it.
 	x.wg.Go(x.writer)
 	return x, nil
+}
+
+// notOpened is the error of opening an index that bbolt says. It matches errPages if it is about the file.
+func notOpened(path string, err error) error {
+	switch {
+	case errors.Is(err, bolterrors.ErrTimeout):
+		return fmt.Errorf("opening %s: another program has had it open for %v: end it, or copy the file for it", path, openTimeout)
+	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrVersionMismatch), errors.Is(err, bolterrors.ErrChecksum):
+		return broken("%v", err)
+	}
+	return fmt.Errorf("opening %s: %w", path, brokenBy(err))
 }
 
 // readIndex opens an existing file for reading only: nothing is written to it, and what is to be written is never done. It is checked, but for its rows.
@@ -157,7 +163,7 @@ func readIndex(ctx context.Context, path string) (*index, error) {
 	})
 	if err != nil {
 		x.closeFiles()
-		return nil, err
+		return nil, notOpened(path, err)
 	}
 	x.mapped.max = DefaultMaxMapped
 	if err := x.release(); err != nil {

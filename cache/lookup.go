@@ -166,7 +166,7 @@ func (d *Disk) record(digest acproxy.Digest) (Record, error) {
 // beside returns everything about an image that the index doesn't name yet, from its sidecar.
 func (d *Disk) beside(digest acproxy.Digest) (*image, error) {
 	_, err := os.Lstat(d.blobPath(digest))
-	gone := errors.Is(err, fs.ErrNotExist)
+	gone := errors.Is(err, fs.ErrNotExist) || forbidden(err)
 	if err != nil && !gone {
 		return nil, err
 	}
@@ -198,7 +198,7 @@ func (d *Disk) imageLocked(digest acproxy.Digest) (*image, error) {
 	switch {
 	case err == nil:
 		d.raise(img.Refs)
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist), forbidden(err):
 		return nil, nil
 	case unreadable(err):
 		return nil, d.setAside(d.sidecarPath(digest), err.Error())
@@ -329,7 +329,7 @@ var errNotWhole = errors.New("not whole")
 
 func (d *Disk) openWhole(rec Record) (*os.File, error) {
 	f, err := durable.Open(d.blobPath(rec.Digest))
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || forbidden(err) {
 		return nil, fmt.Errorf("%w: %w", errNotWhole, err)
 	}
 	if err != nil {
@@ -375,9 +375,12 @@ func (d *Disk) openOrLoseLocked(digest acproxy.Digest) (blob *Blob, unnoted, err
 		return nil, nil, err
 	}
 	if !img.Record.lost() {
-		code := CodeMissing
-		if !errors.Is(err, fs.ErrNotExist) {
-			code = CodeDamaged
+		code := CodeDamaged
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			code = CodeMissing
+		case forbidden(err):
+			code = CodeForbidden
 		}
 		unnoted = d.loseLocked(img, code, err.Error())
 	}
@@ -414,7 +417,11 @@ func (d *Disk) noteLost(img *image, code, why string) error {
 	aside := int64(0)
 	d.measuring.RLock()
 	defer d.measuring.RUnlock()
-	if code != CodeMissing {
+	switch code {
+	case CodeMissing:
+	case CodeForbidden:
+		d.leaveAlone(d.blobPath(digest), errors.New(why))
+	default:
 		var err error
 		if aside, err = d.moveAside(d.blobPath(digest), why); err != nil {
 			return fmt.Errorf("setting aside what is left of %v: %w", digest, noSpace(err))

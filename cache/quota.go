@@ -576,7 +576,9 @@ func (d *Disk) measure() {
 
 // measureAside counts what lies in the quarantine directory, and beside the index. The caller holds measuring.
 func (d *Disk) measureAside() (quarantine, aside int64) {
-	for _, e := range readable(d.path(quarantineDir)) {
+	// What can't be listed isn't counted.
+	entries, _ := os.ReadDir(d.path(quarantineDir))
+	for _, e := range entries {
 		quarantine += weigh(d.path(quarantineDir, e.Name()))
 	}
 	aside, err := sizes(d.dir, func(name string) bool {

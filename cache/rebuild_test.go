@@ -19,6 +19,7 @@ import (
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/cache"
 	"github.com/acproxy/acproxy/cache/cachetest"
+	"github.com/acproxy/acproxy/internal/durable"
 )
 
 // TestLostImageIsKnownWhileTheIndexIsMade: its sidecar says that its blob was there, so that it isn't of a commit that never came to be.
@@ -231,18 +232,28 @@ func TestMissesAreAnsweredBeforeAllIsVerified(t *testing.T) {
 	}
 }
 
+// keepsNothingAside is a file system whose quarantine directory is on another one.
+type keepsNothingAside struct{ durable.OS }
+
+func (fsys keepsNothingAside) Rename(from, to string) error {
+	if filepath.Base(filepath.Dir(to)) == "quarantine" {
+		return syscall.EXDEV
+	}
+	return fsys.OS.Rename(from, to)
+}
+
 // TestNobodyWaitsForAnIndexThatCantBeMade keeps the index from being completed. What is held is served; what isn't known to be missing, and what needs to
 // know how much is held, gets the reason instead of waiting for that to end. When it ends, so does all of it.
 func TestNobodyWaitsForAnIndexThatCantBeMade(t *testing.T) {
 	dir, images := t.TempDir(), library()
-	opts := cache.Options{Quota: cache.Quota{MaxSize: 1 << 30}}
+	opts := cache.Options{FS: keepsNothingAside{}, Quota: cache.Quota{MaxSize: 1 << 30}}
 	d := open(t, dir, opts)
 	fill(t, d, images)
 	closeStore(t, d)
 	if err := os.Remove(filepath.Join(dir, "index.db")); err != nil {
 		t.Fatal(err)
 	}
-	// A directory of blobs that can't be listed.
+	// A directory of blobs that can't be listed, and not be moved away.
 	next := cachetest.NewImage("example.com/next", "1", 10)
 	loop := ""
 	for i := 0; loop == ""; i++ {
@@ -252,10 +263,10 @@ func TestNobodyWaitsForAnIndexThatCantBeMade(t *testing.T) {
 		}
 	}
 	d = open(t, dir, opts)
-	if _, _, err := d.Resolve(t.Context(), cachetest.MustRef("example.com/never:1")); !errors.Is(err, syscall.ELOOP) {
+	if _, _, err := d.Resolve(t.Context(), cachetest.MustRef("example.com/never:1")); !errors.Is(err, syscall.EXDEV) {
 		t.Errorf("Resolve of what isn't held = %v, want what keeps the index from being made", err)
 	}
-	if err := cachetest.Commit(t.Context(), d, next); !errors.Is(err, syscall.ELOOP) {
+	if err := cachetest.Commit(t.Context(), d, next); !errors.Is(err, syscall.EXDEV) {
 		t.Errorf("Commit = %v, want what keeps the index from being made", err)
 	}
 	for _, img := range images {
@@ -320,12 +331,6 @@ func TestFilesThatCantBeReadAreSetAside(t *testing.T) {
 			t.Cleanup(func() { l.Close() })
 			return os.Rename("socket", path)
 		}, false},
-		{"a file that nobody may read", func(t *testing.T, path string) error {
-			if os.Geteuid() == 0 {
-				t.Skip("root may read all")
-			}
-			return os.Chmod(path, 0)
-		}, false},
 	} {
 		for _, of := range []struct {
 			name, file string
@@ -364,6 +369,64 @@ func TestFilesThatCantBeReadAreSetAside(t *testing.T) {
 				if err := cachetest.Commit(t.Context(), d, cachetest.NewImage("example.com/next", "1", 10)); err != nil {
 					t.Error(err)
 				}
+			})
+		}
+	}
+}
+
+// TestWhatCantBeListedIsSetAside: of a directory of blobs that nobody can list the rest knows nothing.
+func TestWhatCantBeListedIsSetAside(t *testing.T) {
+	base, images := t.TempDir(), library()[:6]
+	d := open(t, base, cache.Options{})
+	fill(t, d, images)
+	if err := d.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	killed := filepath.Join(t.TempDir(), "killed")
+	copyStore(t, base, killed)
+	img := images[2]
+	for _, noIndex := range []bool{false, true} {
+		for _, by := range []string{"the next start", "fsck"} {
+			t.Run(fmt.Sprintf("by %s, no index: %v", by, noIndex), func(t *testing.T) {
+				dir := filepath.Join(t.TempDir(), "store")
+				copyStore(t, killed, dir)
+				if noIndex {
+					remove(t, filepath.Join(dir, "index.db"))
+				}
+				shard := filepath.Dir(blobPath(dir, img))
+				remove(t, shard)
+				if err := os.Symlink(shard, shard); err != nil {
+					t.Fatal(err)
+				}
+				if by == "fsck" {
+					if got, _, _ := check(t, dir, true); got.Left != 0 {
+						t.Errorf("Check = %+v", got)
+					}
+				}
+				d := open(t, dir, cache.Options{Quota: cache.Quota{MaxSize: 1 << 30}})
+				if err := d.ReadyAtOnce(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				aside := func(name string) bool { return strings.HasPrefix(name, filepath.Base(shard)+"-") }
+				if left := names(t, dir, "quarantine"); !slices.ContainsFunc(left, aside) {
+					t.Errorf("the quarantine directory holds %v", left)
+				}
+				for _, other := range images {
+					err := cachetest.Check(t.Context(), d, other)
+					if here := filepath.Dir(blobPath(dir, other)) == shard; here == (err == nil) {
+						t.Errorf("%s: in the directory: %v, and %v", other.Record.Name, here, err)
+					}
+				}
+				rec, err := d.Record(img.Record.Digest)
+				if noIndex && !errors.Is(err, acproxy.ErrNotFound) || !noIndex && rec.Code != cache.CodeMissing {
+					t.Errorf("Record = %s, %v", rec.Code, err)
+				}
+				for _, other := range images {
+					if err := cachetest.Commit(t.Context(), d, other); err != nil {
+						t.Fatal(err)
+					}
+				}
+				checkAll(t, d, images)
 			})
 		}
 	}

@@ -26,7 +26,7 @@ func blocks(size int64) int64 { return (size + blockSize - 1) / blockSize * bloc
 
 // blobBytes is the space that the bytes of an image take.
 func (r Record) blobBytes() int64 {
-	if r.lost() {
+	if r.lost() && r.Code != CodeForbidden {
 		return 0
 	}
 	return blocks(r.Size)

@@ -239,14 +239,24 @@ const (
 // scrubInTime reads one image after the other, each at its time: an image is due when that part of the round's time is over which part of the digests
 // lies before its own. Who is behind reads as fast as it may.
 func (d *Disk) scrubInTime() {
-	if d.schedule.Every <= 0 || d.Ready(d.ctx) != nil {
+	if d.Ready(d.ctx) != nil {
 		return
+	}
+	s := &scrubber{d: d, pace: &pacer{rate: d.schedule.Rate}}
+	for d.schedule.Every <= 0 {
+		// Nothing is read but what could not be read or repaired when somebody had to.
+		d.pause(scrubLook)
+		if d.ctx.Err() != nil {
+			return
+		}
+		if digest, ok, _ := d.scrub.dueAgain(d.now()); ok {
+			s.inTime(digest)
+		}
 	}
 	next, err := d.loadScrub()
 	if err != nil {
 		d.log.Error("reading how far the images were scrubbed", "err", err)
 	}
-	s := &scrubber{d: d, pace: &pacer{rate: d.schedule.Rate}}
 	saved, demands := d.now(), 0
 	for d.ctx.Err() == nil {
 		if digest, ok, _ := d.scrub.dueAgain(d.now()); ok {
@@ -635,6 +645,10 @@ func (d *Disk) examine(ctx context.Context, rec Record, pace *pacer, read func(n
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return bad(CodeMissing, "it is not there")
+	case forbidden(err):
+		return bad(CodeForbidden, fmt.Sprintf("it may not be looked at: %v", err))
+	case beyondHope(err):
+		return bad(CodeCorrupt, fmt.Sprintf("it can't be looked at: %v", err))
 	case err != nil:
 		return v, err
 	case !fi.Mode().IsRegular():
@@ -646,6 +660,8 @@ func (d *Disk) examine(ctx context.Context, rec Record, pace *pacer, read func(n
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return v, errGone
+	case forbidden(err):
+		return bad(CodeForbidden, fmt.Sprintf("it may not be opened: %v", err))
 	case beyondHope(err):
 		return bad(CodeCorrupt, fmt.Sprintf("it can't be opened: %v", err))
 	case err != nil:
@@ -682,6 +698,15 @@ func beyondHope(err error) bool {
 		}
 	}
 	return false
+}
+
+// forbidden reports whether an error of opening a file is about who may open it. Whoever may change that can put it right, so it is left where it is.
+func forbidden(err error) bool { return errors.Is(err, fs.ErrPermission) }
+
+// leaveAlone says that there is something in the store that can't be opened and is not moved either, and has the next start look at it again.
+func (d *Disk) leaveAlone(path string, err error) {
+	d.log.Error("a file of the store can't be opened: it is left where it is, and counts as lost until it can", "file", path, "err", err)
+	_ = d.fsys.note(err)
 }
 
 // tooManyOpen reports whether an error of opening a file says nothing of the file: it can be had another time.
@@ -730,10 +755,16 @@ func (s *scrubber) condemn(rec Record, v verdict) error {
 	return err
 }
 
+// allow says what to do about a file that this process may not open.
+const allow = "give it to the user that acproxy runs as"
+
 // condemned says what becomes of a blob that isn't what it should be.
 func condemned(code string) string {
-	if code == CodeMissing {
+	switch code {
+	case CodeMissing:
 		return "the image is marked as lost, and fetched again"
+	case CodeForbidden:
+		return "it is left where it is; the image is marked as lost, and fetched again, until it may be opened: " + allow
 	}
 	return "it is moved to the quarantine directory; the image is marked as lost, and fetched again"
 }
@@ -749,6 +780,8 @@ func (d *Disk) condemn(digest acproxy.Digest, v verdict) (bool, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		v.code = CodeMissing
+	case forbidden(err):
+		v.code = CodeForbidden
 	case err != nil:
 		return false, err
 	case v.file == nil || !os.SameFile(fi, v.file):

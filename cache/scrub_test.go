@@ -433,41 +433,45 @@ func TestScrubWhereNothingCanBeNoted(t *testing.T) {
 	})
 }
 
-// TestLossIsNotedLater opens what is gone while that can't be noted.
+// TestLossIsNotedLater opens what is gone while that can't be noted, also in a store that isn't scrubbed otherwise.
 func TestLossIsNotedLater(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir, img, fsys := t.TempDir(), image("app", 10*kib), &noFiles{}
-		opts := cache.Options{FS: fsys, Log: slog.New(slog.DiscardHandler), Scrub: cache.Schedule{Every: 30 * 24 * time.Hour}, Quota: cache.Quota{Grace: 100 * 365 * 24 * time.Hour}}
-		d, err := cache.Open(dir, opts)
-		if err != nil {
-			t.Fatal(err)
-		}
-		img.Record.Fetched, img.Record.Used = time.Now(), time.Now()
-		fill(t, d, []cachetest.Image{img})
-		synctest.Wait()
-		remove(t, blobPath(dir, img))
-		fsys.full.Store(true)
-		was := d.Changes()
-		if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
-			t.Errorf("OpenBlob = %v", err)
-		}
-		if d.Changes() == was {
-			t.Error("those who keep answers were not told")
-		}
-		fsys.full.Store(false)
-		time.Sleep(15 * time.Minute)
-		synctest.Wait()
-		if err := d.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if d, err = cache.Open(dir, opts); err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
-		if rec, err := d.Record(img.Record.Digest); err != nil || rec.Code != cache.CodeMissing {
-			t.Errorf("Record = %v %v, %v", rec.State, rec.Code, err)
-		}
-	})
+	for _, every := range []time.Duration{0, 30 * 24 * time.Hour} {
+		t.Run(every.String(), func(t *testing.T) { synctest.Test(t, func(t *testing.T) { lossIsNotedLater(t, every) }) })
+	}
+}
+
+func lossIsNotedLater(t *testing.T, every time.Duration) {
+	dir, img, fsys := t.TempDir(), image("app", 10*kib), &noFiles{}
+	opts := cache.Options{FS: fsys, Log: slog.New(slog.DiscardHandler), Scrub: cache.Schedule{Every: every}, Quota: cache.Quota{Grace: 100 * 365 * 24 * time.Hour}}
+	d, err := cache.Open(dir, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img.Record.Fetched, img.Record.Used = time.Now(), time.Now()
+	fill(t, d, []cachetest.Image{img})
+	synctest.Wait()
+	remove(t, blobPath(dir, img))
+	fsys.full.Store(true)
+	was := d.Changes()
+	if _, err := d.OpenBlob(img.Record.Digest); !errors.Is(err, acproxy.ErrNotFound) {
+		t.Errorf("OpenBlob = %v", err)
+	}
+	if d.Changes() == was {
+		t.Error("those who keep answers were not told")
+	}
+	fsys.full.Store(false)
+	time.Sleep(15 * time.Minute)
+	synctest.Wait()
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = cache.Open(dir, opts); err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	if rec, err := d.Record(img.Record.Digest); err != nil || rec.Code != cache.CodeMissing {
+		t.Errorf("Record = %v %v, %v", rec.State, rec.Code, err)
+	}
 }
 
 // TestWhatAnOperatorDeletesCountsNoMore deletes what was set aside, as the documentation says.

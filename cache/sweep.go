@@ -16,6 +16,7 @@ import (
 	"sync"
 
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/durable"
@@ -39,7 +40,8 @@ const maxAdopted = 512
 //	no           │ yes     │ no   │ with trust the sidecar is removed; without, it is moved to the quarantine directory
 //	no           │ no      │ yes  │ no crash leaves this: the blob is moved to the quarantine directory
 //
-// A sidecar that can't be read counts as none, and is moved to the quarantine directory. One without a blob must not be adopted: it may be of a
+// A sidecar that can't be read counts as none, and is moved to the quarantine directory, as is a shard's directory that can't be listed. What this process may not
+// open is left where it is, and the next start looks at it again: a change of owners must not empty the store. A sidecar without a blob must not be adopted: it may be of a
 // commit that never came to be, and its refs would take the answers of images that are held away from them.
 func (d *Disk) sweep(ix *index, trust bool) error {
 	if err := d.sweepNames(ix); err != nil {
@@ -140,16 +142,17 @@ func compareDigests(a, b acproxy.Digest) int { return bytes.Compare(a[:], b[:]) 
 
 // list returns what a shard's directory holds. What doesn't belong there is moved to the quarantine directory.
 func (d *Disk) list(name string) (map[acproxy.Digest]found, error) {
-	dir, err := os.Open(d.path(blobDir, name))
-	if errors.Is(err, fs.ErrNotExist) {
+	path := d.path(blobDir, name)
+	names, err := namesIn(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	if err != nil {
+	case forbidden(err):
+		d.leaveAlone(path, err)
+		return nil, nil
+	case beyondHope(err):
+		return nil, d.setShardAside(name, err)
+	case err != nil:
 		return nil, err
 	}
 	files := make(map[acproxy.Digest]found, len(names)/2)
@@ -169,6 +172,24 @@ func (d *Disk) list(name string) (map[acproxy.Digest]found, error) {
 	return files, nil
 }
 
+// namesIn lists a directory.
+func namesIn(path string) ([]string, error) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.Readdirnames(-1)
+}
+
+// setShardAside moves a shard's directory to the quarantine directory that can't be listed.
+func (d *Disk) setShardAside(name string, cause error) error {
+	d.mu.Lock()
+	delete(d.shards, name)
+	d.mu.Unlock()
+	return d.setAside(d.path(blobDir, name), fmt.Sprintf("it can't be listed: %v", cause))
+}
+
 // shardFile reads the name of a file in a shard's directory. It reports false if there is no such file in a store.
 func shardFile(shard, file string) (digest acproxy.Digest, isSidecar, ok bool) {
 	digits, isSidecar := strings.CutSuffix(file, sidecarExt)
@@ -176,8 +197,8 @@ func shardFile(shard, file string) (digest acproxy.Digest, isSidecar, ok bool) {
 	return digest, isSidecar, err == nil && digits[:2] == shard
 }
 
-// adopt takes images of one shard into the index whose blobs and sidecars are there. It returns those whose sidecars can't be read, and those whose sidecars
-// are no longer right about their refs; see rewrite.
+// adopt takes images of one shard into the index whose blobs and sidecars are there. It returns those whose sidecars can't be read, or say that the bytes are lost,
+// and those whose sidecars are no longer right about their refs; see rewrite.
 //
 //	fsync directory ─▶ index transaction (shared), fsync
 //
@@ -197,6 +218,9 @@ func (d *Disk) adopt(ix *index, digests []acproxy.Digest) (left, displaced []acp
 	for i, digest := range digests {
 		images[i], err = d.readSidecar(digest)
 		switch {
+		case err == nil && images[i].Record.lost():
+			// There are bytes, and so it may not be.
+			images[i], left = nil, append(left, digest)
 		case err == nil:
 		case unreadable(err), errors.Is(err, fs.ErrNotExist):
 			left = append(left, digest)
@@ -261,16 +285,27 @@ func (d *Disk) reconcile(ix *index, digest acproxy.Digest, trust bool) error {
 		return err
 	}
 	fi, err := os.Lstat(d.blobPath(digest))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case forbidden(err):
+		// So is the whole directory, which was said. Who asks for the image is told that it is lost.
+		return nil
+	case beyondHope(err) && known == nil:
+		d.leaveAlone(d.blobPath(digest), err)
+		return nil
+	case err != nil && !errors.Is(err, fs.ErrNotExist) && !beyondHope(err):
 		return err
 	}
 	blob := err == nil && fi.Mode().IsRegular()
 	beside, err := d.readSidecar(digest)
-	if unreadable(err) {
+	switch {
+	case forbidden(err) && known == nil:
+		d.leaveAlone(d.sidecarPath(digest), err)
+		return nil
+	case unreadable(err):
 		if err := d.setAside(d.sidecarPath(digest), err.Error()); err != nil {
 			return err
 		}
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
 	switch {
@@ -289,8 +324,10 @@ func (d *Disk) reconcile(ix *index, digest acproxy.Digest, trust bool) error {
 	case beside != nil && (blob || beside.Record.lost()):
 		d.log.Warn("taking an image into the index", "digest", digest, "name", beside.Record.Name, "blob", blob)
 		d.raise(beside.Refs)
-		_, err := d.save(ix, beside)
-		return err
+		if _, err := d.save(ix, beside); err != nil || !blob || !beside.Record.lost() {
+			return err
+		}
+		return d.regain(ix, beside, nil)
 	case beside != nil && !trust:
 		return d.setAside(d.sidecarPath(digest), "its blob is gone, or never came")
 	case beside != nil:
@@ -315,8 +352,17 @@ func (d *Disk) regain(ix *index, known, beside *image) error {
 		return err
 	case err != nil, v.code == CodeMissing, v.code == CodeUnstable:
 		return nil
+	case v.code == CodeForbidden:
+		d.leaveAlone(d.blobPath(digest), errors.New(v.detail))
+		return nil
 	case v.code != "":
-		return d.setAside(d.blobPath(digest), "the image is marked as lost, and these are not its bytes: "+v.detail)
+		if err := d.setAside(d.blobPath(digest), "the image is marked as lost, and these are not its bytes: "+v.detail); err != nil || known.Record.Code != CodeForbidden {
+			return err
+		}
+		// They don't count as its bytes any more.
+		lose(&known.Record, v.code)
+		_, err := d.save(ix, known)
+		return err
 	}
 	img := known
 	if beside != nil && !beside.Record.lost() {
@@ -332,15 +378,20 @@ func (d *Disk) regain(ix *index, known, beside *image) error {
 
 // regainIfThere is regain for an image of which there may be bytes.
 func (d *Disk) regainIfThere(digest acproxy.Digest) (there bool, err error) {
-	if _, err := os.Lstat(d.blobPath(digest)); err != nil {
-		return false, nil //nolint:nilerr // what can't be looked at is lost
+	if !d.mayRead(digest) {
+		return false, nil
 	}
 	return true, d.on(func(ix *index) error { return d.reconcile(ix, digest, true) })
 }
 
+// mayRead reports whether there is a file in the place of an image's bytes that this process may read.
+func (d *Disk) mayRead(digest acproxy.Digest) bool {
+	return unix.Access(d.blobPath(digest), unix.R_OK) == nil
+}
+
 // lose marks an image as one whose bytes are gone.
 func lose(rec *Record, code string) {
-	if rec.lost() {
+	if rec.lost() && rec.Code != CodeForbidden {
 		return
 	}
 	rec.State, rec.Code = Quarantined, code
@@ -348,6 +399,8 @@ func lose(rec *Record, code string) {
 		CodeMissing: "the file with its bytes is gone from the store",
 		CodeDamaged: "the file with its bytes had another size than it should have; it was set aside",
 		CodeCorrupt: "the file with its bytes had others than it should have, or could not be read; it was set aside",
+
+		CodeForbidden: "this process may not open the file with its bytes, which was left where it is: " + allow,
 	}[code]
 }
 
@@ -373,7 +426,7 @@ func (d *Disk) moveAside(path, reason string) (int64, error) {
 		return 0, err
 	}
 	if err := d.fsys.Rename(path, aside); err != nil {
-		return 0, err
+		return 0, errors.Join(err, d.removeIfThere(aside+reasonExt))
 	}
 	return weigh(aside) + weigh(aside+reasonExt), errors.Join(d.fsys.SyncDir(d.path(quarantineDir)), d.fsys.SyncDir(filepath.Dir(path)))
 }
@@ -431,12 +484,15 @@ func (d *Disk) sweepNames(ix *index) error {
 	return nil
 }
 
-// readName reads what is kept of discovery about one name. What can't be read is moved to the quarantine directory.
+// readName reads what is kept of discovery about one name. What can't be read is moved to the quarantine directory, but for what may not be.
 func (d *Disk) readName(path string) (k Discovered, ok bool, err error) {
 	k, err = d.parseName(path)
 	switch {
 	case err == nil:
 		return k, true, nil
+	case forbidden(err):
+		d.leaveAlone(path, err)
+		return k, false, nil
 	case unreadable(err):
 		return k, false, d.setAside(path, err.Error())
 	}
