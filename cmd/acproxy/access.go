@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"io"
 	"log/slog"
 	"strconv"
 	"time"
@@ -14,17 +13,15 @@ import (
 
 // newAccess returns what writes the lines of requests, in the form of the log's other lines. Package slog would take half as long for one as answering it
 // takes, because it can write anything. It writes none while the log's level leaves out such lines.
-func newAccess(cfg config.Log, log *slog.Logger, w io.Writer) func(server.Access) {
+func newAccess(cfg config.Log, log *slog.Logger, w *logWriter, atOnce bool) func(server.Access) {
 	line := textLine
 	if cfg.Format == config.LogJSON {
 		line = jsonLine
 	}
 	return func(a server.Access) {
-		if !log.Enabled(context.Background(), slog.LevelInfo) {
-			return
+		if log.Enabled(context.Background(), slog.LevelInfo) {
+			w.lineOf(a, line, atOnce)
 		}
-		// Whoever can't write a log has nobody to tell.
-		_, _ = w.Write(line(make([]byte, 0, 512), a, time.Now()))
 	}
 }
 

@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"reflect"
 	"testing"
 	"time"
 
 	"github.com/acproxy/acproxy/internal/config"
+	"github.com/acproxy/acproxy/internal/metrics"
 	"github.com/acproxy/acproxy/internal/server"
 )
 
@@ -76,6 +78,31 @@ func TestNoLinesOfRequestsBelowTheLevel(t *testing.T) {
 			if log.access(server.Access{ID: "ABC"}); out.Len() == 0 {
 				t.Errorf("after a change from %s there are none", level)
 			}
+		}
+		if err := log.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestLinesOfRequestsTakeNoMemory: there may be a hundred thousand a second, and what is thrown away has to be collected.
+func TestLinesOfRequestsTakeNoMemory(t *testing.T) {
+	a := server.Access{
+		ID: "ABCDEFGHIJKLMNOPQRSTUVWXYZ", Client: "192.0.2.1", Method: "GET", Host: "example.com", Path: "/app?ac-discovery=1", Proto: "HTTP/1.1", Status: 200, Bytes: 1234,
+		Took: 1234567 * time.Nanosecond, Cache: "acproxy; hit", Kind: server.KindPage, Verdict: "hit",
+	}
+	for _, format := range []string{config.LogText, config.LogJSON} {
+		log, err := newLogs(config.Log{Level: "info", Access: true, AccessFlush: config.Duration(time.Minute), Format: format}, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		counted := metrics.New("test")
+		// A line that the buffer has no room for at its end takes some; that is one of a few hundred.
+		if n := testing.AllocsPerRun(10_000, func() {
+			counted.Answered(a)
+			log.access(a)
+		}); n != 0 {
+			t.Errorf("a line in %s takes %v pieces of memory", format, n)
 		}
 		if err := log.Close(); err != nil {
 			t.Error(err)

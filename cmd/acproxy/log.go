@@ -33,9 +33,9 @@ func newLogs(cfg config.Log, w io.Writer) (*logs, error) {
 	switch {
 	case !cfg.Access:
 	case cfg.AccessFlush == 0:
-		l.access = newAccess(cfg, log, out)
+		l.access = newAccess(cfg, log, out, true)
 	default:
-		l.access = newAccess(cfg, log, lazily{out})
+		l.access = newAccess(cfg, log, out, false)
 		ctx, cancel := context.WithCancel(context.Background())
 		out.stop = cancel
 		// Ends with stop; Close waits for it.
@@ -105,12 +105,13 @@ func (w *logWriter) Close() error {
 	return w.flush()
 }
 
-// lazily lets lines wait for others.
-type lazily struct{ w *logWriter }
-
-// Write notes a line to be written with the next ones, after a moment at the latest.
-func (l lazily) Write(line []byte) (int, error) {
-	l.w.mu.Lock()
-	defer l.w.mu.Unlock()
-	return l.w.buf.Write(line)
+// lineOf writes the line of a request: at once, or with the next ones, after a moment at the latest.
+func (w *logWriter) lineOf(a server.Access, line func([]byte, server.Access, time.Time) []byte, atOnce bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	// Where it is to stand, if it fits there. Whoever can't write a log has nobody to tell.
+	_, err := w.buf.Write(line(w.buf.AvailableBuffer(), a, time.Now()))
+	if err == nil && atOnce {
+		_ = w.buf.Flush()
+	}
 }

@@ -1,6 +1,8 @@
 package metrics
 
 import (
+	"cmp"
+	"maps"
 	"net/http"
 	"strconv"
 	"sync"
@@ -21,8 +23,9 @@ type requests struct {
 	bytes     *prometheus.CounterVec
 	firstByte *prometheus.HistogramVec
 
-	// What was counted before, to be had without a look at labels: requests are many.
-	known sync.Map // of answerKey to *answers
+	// What was counted before, to be had without a look at labels: requests are many. It is replaced with mu held, and read without.
+	known atomic.Pointer[map[answerKey]*answers]
+	mu    sync.Mutex
 }
 
 // answerKey is what answers are counted by.
@@ -57,6 +60,7 @@ func newRequests() *requests {
 			Buckets: []float64{.0001, .001, .01, .1, .5, 1, 5, 30},
 		}, []string{"kind", "cache"}),
 	}
+	r.known.Store(&map[answerKey]*answers{})
 	for _, kind := range server.Kinds() {
 		for _, verdict := range append(server.Verdicts(), noVerdict) {
 			// A counter that is there from the start shows its first increase.
@@ -70,18 +74,10 @@ func newRequests() *requests {
 // Answered counts a request.
 func (m *Metrics) Answered(a server.Access) {
 	key := answerKey{a.Kind, a.Verdict, a.Status}
-	known, ok := m.requests.known.Load(key)
+	counted, ok := (*m.requests.known.Load())[key]
 	if !ok {
-		verdict := a.Verdict
-		if verdict == "" {
-			verdict = noVerdict
-		}
-		known, _ = m.requests.known.LoadOrStore(key, &answers{
-			answered: m.requests.answered.WithLabelValues(a.Kind, verdict, strconv.Itoa(a.Status)),
-			bytes:    m.requests.bytes.WithLabelValues(a.Kind, verdict), firstByte: m.requests.firstByte.WithLabelValues(a.Kind, verdict),
-		})
+		counted = m.requests.learn(key)
 	}
-	counted := known.(*answers)
 	counted.answered.Inc()
 	counted.bytes.Add(float64(a.Bytes))
 	counted.firstByte.Observe(a.FirstByte.Seconds())
@@ -89,14 +85,32 @@ func (m *Metrics) Answered(a server.Access) {
 	counted.content.Add(a.Bytes)
 }
 
+// learn begins to count answers of a kind.
+func (r *requests) learn(key answerKey) *answers {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := *r.known.Load()
+	if counted, ok := now[key]; ok {
+		return counted
+	}
+	verdict := cmp.Or(key.verdict, noVerdict)
+	counted := &answers{
+		answered: r.answered.WithLabelValues(key.kind, verdict, strconv.Itoa(key.status)),
+		bytes:    r.bytes.WithLabelValues(key.kind, verdict), firstByte: r.firstByte.WithLabelValues(key.kind, verdict),
+	}
+	known := maps.Clone(now)
+	known[key] = counted
+	r.known.Store(&known)
+	return counted
+}
+
 // Totals returns what was counted of clients' requests: those for images, signatures and pages. What came from publishers is left at 0.
 func (m *Metrics) Totals() (t history.Totals) {
-	m.requests.known.Range(func(key, value any) bool {
-		k, counted := key.(answerKey), value.(*answers)
+	for k, counted := range *m.requests.known.Load() {
 		n := counted.requests.Load()
 		t.Served += counted.content.Load()
 		if k.kind == server.KindOther {
-			return true
+			continue
 		}
 		t.Requests += n
 		switch {
@@ -107,8 +121,7 @@ func (m *Metrics) Totals() (t history.Totals) {
 		case k.verdict != "" && k.verdict != noVerdict:
 			t.Hits += n
 		}
-		return true
-	})
+	}
 	return t
 }
 

@@ -2,7 +2,6 @@ package server
 
 import (
 	"bytes"
-	"crypto/rand"
 	"hash/maphash"
 	"net/http"
 	"sync/atomic"
@@ -104,7 +103,7 @@ func (c *briskConn) again(x *exchange, slot uint64, head []byte) bool {
 	if !a.image.IsZero() {
 		s.cfg.Fetcher.Used(a.image)
 	}
-	id := rand.Text()
+	id := newRequestID()
 	x.out = append(x.out[:0], a.status...)
 	x.out = append(x.w.appendOwn(x.out, id), a.rest...)
 	if s.cfg.Access != nil {
