@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -69,6 +70,20 @@ func KindOf(err error) error {
 		}
 	}
 	return nil
+}
+
+// CodeShortage is the code of what failed because this process or its machine has run out of something that others may give back.
+const CodeShortage = "out-of-resources"
+
+// Shortage reports whether an error is that this process or its machine has run out of something: descriptors, memory for the network, local ports. Then it says nothing of
+// what was asked, nor of who was.
+func Shortage(err error) bool {
+	for _, of := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
+		if errors.Is(err, of) {
+			return true
+		}
+	}
+	return false
 }
 
 // Invalid returns an error matching [ErrInvalid].

@@ -633,7 +633,7 @@ func (f *Fetcher) fallback(ref acproxy.Ref, cause error) (answer, error) {
 
 // outage reports whether an error says nothing about the image, only about reaching its publisher.
 func outage(err error) bool {
-	return errors.Is(err, acproxy.ErrPublisher) || errors.Is(err, acproxy.ErrTimeout) || acproxy.Code(err) == web.CodeBusy
+	return errors.Is(err, acproxy.ErrPublisher) || errors.Is(err, acproxy.ErrTimeout) || acproxy.Code(err) == web.CodeBusy || acproxy.Code(err) == acproxy.CodeShortage
 }
 
 func stickyKey(req Request) string { return req.Client + " " + req.Ref.String() }

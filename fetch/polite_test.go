@@ -39,6 +39,7 @@ func TestOutage(t *testing.T) {
 		{"it is too slow", &acproxy.Error{Kind: acproxy.ErrTimeout}, true},
 		{"no turn to ask it came", &acproxy.Error{Kind: acproxy.ErrBusy, Code: web.CodeBusy}, true},
 		{"the same, with a trace", traced(&acproxy.Error{Kind: acproxy.ErrBusy, Code: web.CodeBusy}, acproxy.Trace{{What: "image"}}), true},
+		{"this side has no more descriptors", &acproxy.Error{Kind: acproxy.ErrBusy, Code: acproxy.CodeShortage}, true},
 		{"this side shuts down", errClosed, false},
 		{"it hasn't got it", &acproxy.Error{Kind: acproxy.ErrNotFound}, false},
 		{"it is refused", &acproxy.Error{Kind: acproxy.ErrRefused}, false},

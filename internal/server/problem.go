@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/problem"
@@ -15,6 +16,13 @@ import (
 func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	if left(r) {
 		panic(http.ErrAbortHandler)
+	}
+	if acproxy.Shortage(err) && acproxy.KindOf(err) == nil {
+		s.log.Error("request failed", "host", r.Host, "path", r.URL.EscapedPath(), "err", err)
+		err = &acproxy.Error{
+			Kind: acproxy.ErrBusy, Code: acproxy.CodeShortage, RetryAfter: time.Second, Trace: problem.Of(err).Trace,
+			Detail: "this proxy has run out of descriptors, or of something else that it needs of its machine; its log says of what. See LimitNOFILE and clients.max_connections",
+		}
 	}
 	p := problem.Of(err)
 	if p.Status == http.StatusInternalServerError {

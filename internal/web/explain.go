@@ -62,6 +62,10 @@ func (a *asking) explain(err error, doing string) error {
 		return a.fail(acproxy.ErrTimeout, "publisher-timeout", doing, err)
 	}
 	last.Err = err.Error()
+	if acproxy.Shortage(err) {
+		// It is no fault of the publisher's.
+		return &acproxy.Error{Kind: acproxy.ErrBusy, Code: acproxy.CodeShortage, Detail: doing, Trace: slices.Clone(a.trace), RetryAfter: busyRetry, Err: err}
+	}
 	return a.fail(acproxy.ErrPublisher, code(err), doing, err)
 }
 

@@ -11,9 +11,11 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -725,4 +727,27 @@ func TestOrigin(t *testing.T) {
 			t.Errorf("origin(%s) = %s, want %s", tt.url, got, tt.want)
 		}
 	}
+}
+
+// TestOurOwnShortageIsNoFaultOfThePublisher: that this process has no more descriptors says nothing about the host that it wanted to ask.
+func TestOurOwnShortageIsNoFaultOfThePublisher(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer s.Close()
+	short := true
+	c := client(t, Config{Rules: []Rule{{HTTP: true}}, Hosts: map[string]string{"example.com": "192.0.2.1"}, Limits: Limits{Failures: 1}, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		if short {
+			return nil, &net.OpError{Op: "dial", Net: network, Err: os.NewSyscallError("socket", syscall.EMFILE)}
+		}
+		return new(net.Dialer).DialContext(ctx, network, s.Listener.Addr().String())
+	}})
+	for range 3 {
+		_, _, err := c.Get(t.Context(), "example.com", "image", "http://example.com/", nil)
+		checkError(t, err, acproxy.ErrBusy, acproxy.CodeShortage)
+	}
+	short = false
+	resp, _, err := c.Get(t.Context(), "example.com", "image", "http://example.com/", nil)
+	if err != nil {
+		t.Fatalf("once there are descriptors: %v", err)
+	}
+	read(t, resp)
 }
