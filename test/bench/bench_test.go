@@ -85,6 +85,8 @@ func TestEveryBenchmarkRuns(t *testing.T) {
 			must = []string{closedName, killedName}
 		case "cold", "herd", "slow":
 			must = []string{directName, goCopier, acproxyName}
+		case "crawl":
+			must = []string{directName, goCopier, acproxyName, acproxyAlone}
 		default:
 			must = []string{goFiles, goMemory, acproxyName}
 		}
@@ -116,7 +118,7 @@ func TestEveryBenchmarkRuns(t *testing.T) {
 			}
 		}
 	}
-	for _, b := range []string{"herd/5", "slow/2"} {
+	for _, b := range []string{"herd/5", "crawl/5", "slow/2"} {
 		if got, _ := find(r.Results, b, acproxyName, fetches.name); got.Median != 1 {
 			t.Errorf("%s: acproxy asked its publisher %v times", b, got.Median)
 		}

@@ -28,6 +28,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // A load is what clients are told to ask for, each on a connection of its own. All connections are there before the first one asks.
@@ -36,6 +38,7 @@ type load struct {
 	Header      map[string]string
 	CA          string  // file of the certificate to trust, for https
 	Connections int     //
+	Crawling    int     // of those who ask once: so many more ask with them, read a kilobyte a second, and leave when the others have everything
 	Seconds     float64 // ask again and again for so long; 0 means once
 	Want        answer
 	// Before is what each of them asks for on its connection before, all at once: URL, Header and Want count. nil for nothing. The clients say when they have that, and go
@@ -217,6 +220,15 @@ func (l load) run(ready func() error) loaded {
 			c.bytes, c.took = 0, nil
 		}
 	}
+	crawlers := make([]*client, l.Crawling)
+	for i := range crawlers {
+		c, err := l.dial()
+		if err != nil {
+			return loaded{Error: err.Error()}
+		}
+		defer c.conn.Close()
+		crawlers[i] = c
+	}
 	if err := ready(); err != nil {
 		return loaded{Error: err.Error()}
 	}
@@ -225,7 +237,11 @@ func (l load) run(ready func() error) loaded {
 	if l.Seconds > 0 {
 		started = askAgain(clients, l)
 	} else {
+		left := crawl(crawlers, l)
 		started = askAtOnce(clients, l)
+		if err := left(); err != nil {
+			return loaded{Error: err.Error()}
+		}
 	}
 	out := loaded{Seconds: time.Since(started).Seconds(), CPU: cpuOfThisProcess() - before}
 	var took []float64
@@ -274,6 +290,44 @@ func askAtOnce(clients []*client, l load) (started time.Time) {
 		}
 	}
 	return started
+}
+
+// crawl has clients ask, and read a kilobyte a second. left has them leave, and returns why one of them got less than that.
+func crawl(clients []*client, l load) (left func() error) {
+	request, over := l.request(), make(chan struct{})
+	var reading errgroup.Group
+	for _, c := range clients {
+		// Each ends when the others have everything; waited for by left.
+		reading.Go(func() error {
+			if _, err := c.conn.Write(request); err != nil {
+				return err
+			}
+			resp, err := http.ReadResponse(c.reader, nil)
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			if resp.StatusCode != l.Want.Status {
+				return fmt.Errorf("the answer to one who reads slowly is %s", resp.Status)
+			}
+			tick := time.NewTicker(time.Second)
+			defer tick.Stop()
+			for {
+				if _, err := io.CopyN(io.Discard, resp.Body, 1000); err != nil {
+					return fmt.Errorf("one who reads slowly: %w", err)
+				}
+				select {
+				case <-tick.C:
+				case <-over:
+					return c.conn.Close()
+				}
+			}
+		})
+	}
+	return func() error {
+		close(over)
+		return reading.Wait()
+	}
 }
 
 // askAgain has clients ask again and again until the time is over, and returns when they began.

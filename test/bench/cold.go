@@ -47,6 +47,20 @@ func coldBenchmarks(o options) []benchmark {
 			},
 		})
 	}
+	n := slices.Min(o.herds)
+	all = append(all, benchmark{
+		name:    fmt.Sprintf("crawl/%d", n),
+		what:    fmt.Sprintf("%d clients at once ask for an image of %s that isn't held, and as many that read 1 KB a second", n, inBytes(o.herd)),
+		groups:  []string{groupPeers},
+		metrics: []metric{lastByte, fetches, memory},
+		goals: []goal{
+			{of: acproxyName, metric: fetches.name, plus: 1},
+			{of: acproxyName, metric: lastByte.name, than: acproxyAlone, by: 1.1},
+		},
+		setUp: func(_ context.Context, o options) (stage, error) {
+			return setUpCold(o, arriving{size: o.herd, clients: n, crawling: n})
+		},
+	})
 	return append(all, benchmark{
 		name: fmt.Sprintf("slow/%d", o.waiting),
 		what: fmt.Sprintf("%d clients at once ask for an image of %s that isn't held, from a publisher that gives %d bytes a second in all; direct is one alone",
@@ -66,7 +80,12 @@ type arriving struct {
 	total   bool  // the rate is for all connections together
 	clients int
 	again   bool // check what is held afterwards by its SHA-256
+
+	crawling int // so many more read slowly
 }
+
+// acproxyAlone is acproxy without those who read slowly.
+const acproxyAlone = "acproxy, nobody crawls"
 
 // setUpCold has everybody who can take part bring an image that they don't hold. For each run the contestant and the publisher are started anew,
 // with nothing in their caches.
@@ -90,6 +109,11 @@ func setUpCold(o options, a arriving) (stage, error) {
 		}
 		if program, ok := p.locate(context.Background(), o); ok {
 			s.contestants = append(s.contestants, contestant{p.name, func(ctx context.Context) (measures, error) { return cold(ctx, o, a, im, p, program) }})
+			if a.crawling > 0 && p.name == acproxyName {
+				alone := a
+				alone.crawling = 0
+				s.contestants = append(s.contestants, contestant{acproxyAlone, func(ctx context.Context) (measures, error) { return cold(ctx, o, alone, im, p, program) }})
+			}
 		}
 	}
 	return s, nil
@@ -128,7 +152,7 @@ func cold(ctx context.Context, o options, a arriving, im *image, p peer, program
 		}
 	}
 	l := t.ask(im, whole)
-	l.Connections = a.clients
+	l.Connections, l.Crawling = a.clients, a.crawling
 	before := t.ask(other, whole)
 	l.Before = &before
 	// Every byte that comes is checked, by a sum that costs the clients next to nothing.
