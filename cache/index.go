@@ -218,16 +218,13 @@ func createIndex(fsys durable.FS, temp, path string) error {
 // nothing of the index.
 func (x *index) check(ctx context.Context) error {
 	f, err := os.Open(x.path)
-	if tooManyOpen(err) {
-		return err
-	}
 	if err != nil {
-		return broken("%v", err)
+		return unusable(err)
 	}
 	defer f.Close()
 	fi, err := f.Stat()
 	if err != nil {
-		return broken("%v", err)
+		return unusable(err)
 	}
 	newer, _, err := readMetas(f, fi.Size())
 	if err == nil {
@@ -236,16 +233,16 @@ func (x *index) check(ctx context.Context) error {
 			err = p.walk(ctx, nil)
 		}
 	}
-	if err != nil && ctx.Err() == nil && !errors.Is(err, errPages) {
-		err = broken("%v", err)
+	if ctx.Err() != nil {
+		return err
 	}
-	return err
+	return unusable(err)
 }
 
 // release lets looks, views and updates into the index.
 func (x *index) release() error {
 	if err := x.snapshots.take(x.memory.generation.Load()); err != nil {
-		return broken("%v", err)
+		return unusable(err)
 	}
 	close(x.safe)
 	return nil
@@ -516,7 +513,7 @@ func (x *index) run(changes []*write) error {
 	}
 	// After a failure too: it may have been done all the same.
 	generation := x.memory.generation.Add(1)
-	if taken := x.snapshots.take(generation); taken != nil {
+	if taken := patiently(func() error { return x.snapshots.take(generation) }); taken != nil {
 		// Whether it was written or not: without a snapshot nobody who looks would ever come to an end.
 		x.snapshots.lost.Store(true)
 		x.dead.Store(true)
@@ -532,6 +529,17 @@ func (x *index) run(changes []*write) error {
 	}
 	x.memory.forget(generation, effects)
 	return noSpace(err)
+}
+
+// patiently does again what has failed for too little of something, for a second.
+func patiently(do func() error) error {
+	const tries, pause = 20, 50 * time.Millisecond
+	err := do()
+	for try := 1; try < tries && lacking(err); try++ {
+		time.Sleep(pause)
+		err = do()
+	}
+	return err
 }
 
 // diskBytes is the space that the file takes.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -264,7 +265,7 @@ func (l *look) read(id uint64, kind uint16) ([]byte, error) {
 			return nil, errClosed
 		case n < len(b):
 			// A disk that can't read the index any more is no better than one that has lost it.
-			return nil, broken("reading page %d: %v", id, err)
+			return nil, unusable(fmt.Errorf("reading page %d: %w", id, err))
 		case order.Uint64(b) != id:
 			return nil, broken("page %d says that it is page %d", id, order.Uint64(b))
 		case kind != 0 && order.Uint16(b[8:]) != kind:

@@ -9,6 +9,7 @@ import (
 	"hash/fnv"
 	"io"
 	"math/bits"
+	"syscall"
 )
 
 // This file reads the pages of a bbolt file without bbolt, to find out whether bbolt can be let near them. bbolt takes its pages for granted:
@@ -59,6 +60,17 @@ func brokenBy(err error) error {
 	}
 	return err
 }
+
+// unusable is brokenBy for a file that has to be read before it is used, or to go on: any error counts as one about what is in it, but one that says nothing of it.
+func unusable(err error) error {
+	if err == nil || lacking(err) || errors.Is(err, errPages) {
+		return err
+	}
+	return broken("%v", err)
+}
+
+// lacking reports whether an error says nothing of the file: there is too little of something else for now.
+func lacking(err error) bool { return tooManyOpen(err) || errors.Is(err, syscall.ENOMEM) }
 
 // meta is the head of a tree of pages.
 type meta struct {

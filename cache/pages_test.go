@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"testing/synctest"
 
 	bolt "go.etcd.io/bbolt"
 
@@ -208,16 +209,44 @@ func TestWhatCantBeReadIsBroken(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct {
-		err    error
-		broken bool
-	}{{syscall.EIO, true}, {syscall.EISDIR, true}, {errUnclean, true}, {syscall.ENOMEM, false}, {context.Canceled, false}} {
+		err              error
+		broken, unusable bool
+	}{
+		{syscall.EIO, true, true}, {syscall.EISDIR, true, true}, {errUnclean, true, true}, {context.Canceled, false, true},
+		{syscall.ENOMEM, false, false}, {syscall.EMFILE, false, false}, {syscall.ENFILE, false, false},
+	} {
 		_, _, meta := readMetas(failingReader{bytes.NewReader(file), 0, tt.err}, int64(len(file)))
 		page := newPages(failingReader{bytes.NewReader(file), 3 * 4096, tt.err}, newer).walk(t.Context(), nil)
 		for _, err := range []error{meta, page} {
 			if !errors.Is(err, tt.err) || errors.Is(brokenBy(err), errPages) != tt.broken {
 				t.Errorf("%v became %v, and then %v, want it broken: %v", tt.err, err, brokenBy(err), tt.broken)
 			}
+			if errors.Is(unusable(err), errPages) != tt.unusable {
+				t.Errorf("%v became %v, want it broken: %v", err, unusable(err), tt.unusable)
+			}
 		}
+	}
+}
+
+// TestPatiently: what there is too little of may be there again soon, and what the disk says it says for good.
+func TestPatiently(t *testing.T) {
+	for _, tt := range []struct {
+		err            error
+		failing, tries int
+		fails          bool
+	}{{nil, 0, 1, false}, {syscall.ENOMEM, 1, 2, false}, {syscall.EMFILE, 5, 6, false}, {syscall.ENOMEM, 100, 20, true}, {syscall.EIO, 1, 1, true}} {
+		synctest.Test(t, func(t *testing.T) {
+			tries := 0
+			err := patiently(func() error {
+				if tries++; tries <= tt.failing {
+					return &os.PathError{Op: "read", Path: "index.db", Err: tt.err}
+				}
+				return nil
+			})
+			if tries != tt.tries || (err != nil) != tt.fails {
+				t.Errorf("%v, %d times: %v after %d tries, want an error: %v after %d", tt.err, tt.failing, err, tries, tt.fails, tt.tries)
+			}
+		})
 	}
 }
 
