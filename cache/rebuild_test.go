@@ -353,6 +353,9 @@ func TestFilesThatCantBeReadAreSetAside(t *testing.T) {
 				if left := names(t, dir, "quarantine"); slices.ContainsFunc(left, aside) == spoil.nothing {
 					t.Errorf("the quarantine directory holds %v", left)
 				}
+				if of.file == name && !of.lost && !bytes.Equal(read(t, filepath.Join(dir, name)), read(t, filepath.Join(killed, name))) {
+					t.Errorf("what the index knows is not written again: %q", read(t, filepath.Join(dir, name)))
+				}
 				want := images
 				if of.file == sidecar {
 					want = slices.Delete(slices.Clone(images), 2, 3)

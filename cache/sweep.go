@@ -441,7 +441,7 @@ func (d *Disk) countAside(n int64) {
 // safeName cuts a name that somebody may have put into the directory by hand.
 func safeName(name string) string { return name[:min(len(name), 100)] }
 
-// sweepNames takes what is kept of discovery into the index.
+// sweepNames takes what is kept of discovery into the index, and writes again what only the index has.
 func (d *Disk) sweepNames(ix *index) error {
 	entries, err := os.ReadDir(d.path(nameDir))
 	if err != nil {
@@ -481,7 +481,39 @@ func (d *Disk) sweepNames(ix *index) error {
 			return err
 		}
 	}
-	return nil
+	var missing []string
+	err = ix.each(bucketKnown, nil, nil, func(name, _ []byte) error {
+		if _, err := os.Stat(d.namePath(string(name))); errors.Is(err, fs.ErrNotExist) {
+			missing = append(missing, string(name))
+		}
+		return nil
+	})
+	for _, name := range missing {
+		if err == nil {
+			err = d.restoreName(ix, name)
+		}
+	}
+	return err
+}
+
+// restoreName writes the file of a name again that has none, if the index still knows it.
+func (d *Disk) restoreName(ix *index, name string) error {
+	defer d.locks.lock(nameDigest(name))()
+	var k Discovered
+	known := false
+	err := ix.view(func(tx *bolt.Tx) (err error) {
+		k, known, err = getKnown(tx, []byte(name))
+		return err
+	})
+	if !known || err != nil {
+		return err
+	}
+	d.log.Warn("repairing what is known of a name", "name", name)
+	file, err := seal(k)
+	if err != nil {
+		return err
+	}
+	return d.writeName(name, file)
 }
 
 // readName reads what is kept of discovery about one name. What can't be read is moved to the quarantine directory, but for what may not be.
