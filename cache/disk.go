@@ -217,21 +217,20 @@ func (d *Disk) open() error {
 	if err := d.layOut(); err != nil {
 		return err
 	}
-	leftovers, err := os.ReadDir(d.path(partialDir))
-	if err != nil {
-		return err
-	}
-	shards, err := os.ReadDir(d.path(blobDir))
-	if err != nil {
-		return err
-	}
-	for _, shard := range shards {
+	// What can't be listed keeps nobody from what is held: what was left unfinished stays until the next start, and a shard's directory is made sure of when
+	// something is to come into it.
+	leftovers := d.listed(partialDir)
+	for _, shard := range d.listed(blobDir) {
 		d.shards[shard.Name()] = false
 	}
 	if !d.hasRefTable() {
 		d.memory.refChanges.Add(1)
 	}
-	ix, err := openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
+	var ix *index
+	err := patiently(func() (err error) {
+		ix, err = openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
+		return err
+	})
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.log.Info("the index is made from what is in the store", "dir", d.dir)
@@ -258,6 +257,18 @@ func (d *Disk) open() error {
 		d.wg.Go(d.scrubInTime)
 	}
 	return nil
+}
+
+// listed lists a directory of the store as far as it can be listed.
+func (d *Disk) listed(name string) (entries []fs.DirEntry) {
+	err := patiently(func() (err error) {
+		entries, err = os.ReadDir(d.path(name))
+		return err
+	})
+	if err != nil {
+		d.log.Error("a directory of the store can't be listed", "dir", d.path(name), "err", err)
+	}
+	return entries
 }
 
 // path returns the path of something in the store's directory.

@@ -1063,7 +1063,7 @@ func TestTroubleInResumingSaysWhy(t *testing.T) {
 		errno syscall.Errno
 		kind  error // the other error's
 		kept  bool
-	}{{syscall.EROFS, acproxy.ErrNoSpace, true}, {syscall.EMFILE, nil, true}, {syscall.EIO, nil, false}} {
+	}{{syscall.EROFS, acproxy.ErrNoSpace, true}, {syscall.EMFILE, nil, true}, {syscall.ENOMEM, nil, true}, {syscall.EIO, nil, false}} {
 		t.Run(tt.errno.Error(), func(t *testing.T) {
 			dir := t.TempDir()
 			fsys, err := durabletest.New(dir)

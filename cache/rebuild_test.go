@@ -289,6 +289,31 @@ func TestNobodyWaitsForAnIndexThatCantBeMade(t *testing.T) {
 	checkAll(t, d, append(images, next))
 }
 
+// TestDirectoriesThatCantBeListed keep nobody from what is held: a store is opened without knowing what was left unfinished.
+func TestDirectoriesThatCantBeListed(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("root may list all")
+	}
+	for _, name := range []string{"blobs", "partial"} {
+		dir, images := t.TempDir(), library()[:4]
+		d := open(t, dir, cache.Options{})
+		fill(t, d, images[:3])
+		closeStore(t, d)
+		list := filepath.Join(dir, name)
+		if err := os.Chmod(list, 0o300); err != nil {
+			t.Fatal(err)
+		}
+		d = open(t, dir, cache.Options{})
+		checkAll(t, d, images[:3])
+		if err := os.Chmod(list, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		fill(t, d, images[3:])
+		checkAll(t, d, images)
+		closeStore(t, d)
+	}
+}
+
 // TestFilesThatCantBeReadAreSetAside has a sidecar, or what is known of a name, be something that can't be opened or read. What the index can say becomes complete
 // without it all the same, and what can't be read is kept.
 func TestFilesThatCantBeReadAreSetAside(t *testing.T) {

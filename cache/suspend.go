@@ -51,7 +51,7 @@ func (d *Disk) Resume(ctx context.Context, key string) (*Partial, error) {
 	switch p.file, err = d.fsys.OpenFile(s.path); {
 	case err == nil:
 		return p, p.register()
-	case tooManyOpen(err), errors.Is(err, syscall.EROFS):
+	case lacking(err), errors.Is(err, syscall.EROFS):
 		// That says nothing of the file. It can be had another time.
 		p.putBack(s)
 	default:
@@ -164,7 +164,12 @@ func (d *Disk) clean(leftovers []fs.DirEntry) {
 
 // readopt takes a partial file that an earlier process has left among those that can be resumed. It reports false if the file is of no use.
 func (d *Disk) readopt(path string) bool {
-	arrival, fi, err := d.partialNote(path)
+	var arrival Arrival
+	var fi fs.FileInfo
+	err := patiently(func() (err error) {
+		arrival, fi, err = d.partialNote(path)
+		return err
+	})
 	if err != nil {
 		return false
 	}
