@@ -235,7 +235,12 @@ func (d *download) run(body io.ReadCloser) {
 	d.tell(rec, d.f.now().Sub(started))
 	<-inspection.done
 	if !rec.Inspected {
-		d.f.inspected(rec, inspection.result, inspection.err)
+		result, err := inspection.result, inspection.err
+		if err != nil && !isViolation(err) && d.f.ctx.Err() == nil {
+			// That says nothing of the image, which could break a rule all the same: it is read once more, from the store.
+			result, err = d.f.inspectHeld(d.f.ctx, rec)
+		}
+		d.f.inspected(rec, result, err)
 	}
 }
 

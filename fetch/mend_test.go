@@ -1,6 +1,7 @@
 package fetch
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -26,8 +27,14 @@ func (s *scene) spoil(ref acproxy.Ref) cache.Record {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	b[len(b)/2] ^= 1
-	if err := os.WriteFile(path, b, 0o640); err != nil {
+	// In its place: the inspection, which may not be over yet, must not find a file without bytes.
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	at := len(b) / 2
+	_, err = f.WriteAt([]byte{b[at] ^ 1}, int64(at))
+	if err = errors.Join(err, f.Close()); err != nil {
 		s.t.Fatal(err)
 	}
 	sum, err := s.store.Scrub(s.t.Context(), cache.ScrubOptions{})
