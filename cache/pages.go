@@ -9,7 +9,6 @@ import (
 	"hash/fnv"
 	"io"
 	"math/bits"
-	"syscall"
 )
 
 // This file reads the pages of a bbolt file without bbolt, to find out whether bbolt can be let near them. bbolt takes its pages for granted:
@@ -68,9 +67,6 @@ func unusable(err error) error {
 	}
 	return broken("%v", err)
 }
-
-// lacking reports whether an error says nothing of the file: there is too little of something else for now.
-func lacking(err error) bool { return tooManyOpen(err) || errors.Is(err, syscall.ENOMEM) }
 
 // meta is the head of a tree of pages.
 type meta struct {

@@ -709,9 +709,9 @@ func (d *Disk) leaveAlone(path string, err error) {
 	_ = d.fsys.note(err)
 }
 
-// tooManyOpen reports whether an error of opening a file says nothing of the file: it can be had another time.
-func tooManyOpen(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+// lacking reports whether an error says nothing of the file: there is too little of something else for now, and it can be had another time.
+func lacking(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM)
 }
 
 // unstable says what is done about a blob that was read differently at different times.
