@@ -226,16 +226,12 @@ func (d *Disk) open() error {
 	if !d.hasRefTable() {
 		d.memory.refChanges.Add(1)
 	}
-	var ix *index
-	err := patiently(func() (err error) {
-		ix, err = openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
-		return err
-	})
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	ix, err := d.openIndex()
+	if errors.Is(err, fs.ErrNotExist) {
 		d.log.Info("the index is made from what is in the store", "dir", d.dir)
 		ix, err = d.newIndex()
-	case errors.Is(err, errPages):
+	}
+	if errors.Is(err, errPages) {
 		ix, err = d.anotherIndex(err)
 	}
 	if err != nil {
@@ -362,7 +358,11 @@ func orUnknown(pid []byte) string {
 
 // layOut makes the directories that are missing, and checks the version of those that aren't.
 func (d *Disk) layOut() error {
-	b, err := readSmall(d.path(versionFile), 64)
+	var b []byte
+	err := patiently(func() (err error) {
+		b, err = readSmall(d.path(versionFile), 64)
+		return err
+	})
 	// A version that can't be read keeps nobody from what is held: index and sidecars say themselves which they are of.
 	unreadable := err != nil && beyondHope(err) && !forbidden(err)
 	switch {
@@ -404,12 +404,21 @@ func (d *Disk) layOut() error {
 	return durable.Replace(d.fsys, d.temp(), d.path(versionFile), []byte(strconv.Itoa(Version)+"\n"), filePerm)
 }
 
+// openIndex opens the index that there is.
+func (d *Disk) openIndex() (ix *index, err error) {
+	err = patiently(func() (err error) {
+		ix, err = openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
+		return err
+	})
+	return ix, err
+}
+
 // newIndex makes an empty index and opens it.
 func (d *Disk) newIndex() (*index, error) {
 	if err := createIndex(d.fsys, d.temp(), d.path(indexFile)); err != nil {
 		return nil, fmt.Errorf("making an index: %w", err)
 	}
-	return openIndex(d.path(indexFile), d.memory, d.space, d.maxMapped)
+	return d.openIndex()
 }
 
 // anotherIndex sets the index aside and makes an empty one.
