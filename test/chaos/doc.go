@@ -1,3 +1,3 @@
-// Package chaos kills the built acproxy at every call that changes its files, and makes each of them fail, and the disk full or read-only, and looks
+// Package chaos kills the built acproxy at every call that changes its files, makes each of them fail, those that read too, and the disk full or read-only, and looks
 // whether anything is lost or served wrong.
 package chaos

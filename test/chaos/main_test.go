@@ -15,7 +15,7 @@ import (
 	"testing"
 )
 
-// everything reports whether every call of every operation is to be tried, in every way. Otherwise it is some, so that it takes less than a minute.
+// everything reports whether every call of every operation is to be tried, in every way. Otherwise it is some, so that it takes about a minute.
 func everything() bool { return os.Getenv("ACPROXY_CHAOS") != "" }
 
 // binary is the acproxy under test. TestMain sets it before any test runs. It is never one that looks for races: that would be many times slower, and

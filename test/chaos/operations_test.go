@@ -42,6 +42,8 @@ type operation struct {
 	store string // what it begins with
 	// args are a command that does it. nil is a server, which does what follows.
 	args []string
+	// reads says that the calls count that only read the store's files, and no others.
+	reads bool
 	// begins says that calls count from the first of the process on; otherwise from when it serves.
 	begins bool
 	// asks are images that a client asks for, one after the other.
@@ -215,6 +217,7 @@ func (r *run) do(op operation, fault tracer.Fault) *process {
 // begin starts a server with a fault in effect, from its first call on or from when it serves; or runs the operation's command to its end.
 func (r *run) begin(op operation, fault tracer.Fault) *process {
 	r.t.Helper()
+	fault.Reads = op.reads
 	if op.args != nil {
 		p := launch(r.t, r.command(r.w.graceless, op.args...), true, r.data, &fault)
 		p.wait()
@@ -312,6 +315,9 @@ func (w *world) pointsOf(t *testing.T, op operation) []point {
 	seen := make(map[string]int)
 	var points []point
 	for _, c := range p.tracer.Calls() {
+		if op.reads && c.Path != "store" && !strings.HasPrefix(c.Path, "store/") {
+			continue
+		}
 		kind := kindOf(c)
 		seen[kind]++
 		points = append(points, point{kind, seen[kind]})

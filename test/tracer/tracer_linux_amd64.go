@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Call is one system call that changes files, or opens one for changing it.
+// A Call is one system call that changes files, or opens one for changing it; or, where a Fault asks for those, one that only reads.
 type Call struct {
 	Name string // as strace calls it
 	Path string // the file, relative to the directory
@@ -39,6 +39,7 @@ type Fault struct {
 	Errno  syscall.Errno // the call returns this error
 	After  bool          // it is done first: killed once it is done; done, and reported as failed all the same
 	Short  bool          // a write of several bytes does half of them, which is no error; other calls are left alone
+	Reads  bool          // the calls that only read count, and no others
 	// Only says which calls count, nil all.
 	Only func(Call) bool
 }
@@ -314,14 +315,14 @@ func (p *Process) atCall(tid int, t *thread) {
 
 func (p *Process) entering(tid int, t *thread, info callInfo) {
 	t.fault = nil
-	k, ok := known[info.nrOrResult]
-	if !ok || k.changes != nil && !k.changes(info.args) {
-		return
-	}
 	p.mu.Lock()
-	armed := p.fault != nil
+	armed, reads := p.fault != nil, p.fault != nil && p.fault.Reads
 	p.mu.Unlock()
 	if !armed {
+		return
+	}
+	k, ok := kinds(reads)[info.nrOrResult]
+	if !ok || k.counts != nil && !k.counts(info.args) {
 		return
 	}
 	call, ok := p.look(tid, k, info.args)
@@ -365,13 +366,13 @@ func (p *Process) change(tid int, set func(*syscall.PtraceRegs)) {
 	}
 }
 
-// kind is a system call that may change files.
+// kind is a system call that may change files, or read them.
 type kind struct {
 	name string
 	// Where its arguments say which file: a descriptor, a path, or a directory's descriptor and a path; -1 is none.
 	fd, dir, path int
 	toDir, toPath int
-	changes       func(args [6]uint64) bool // nil always does
+	counts        func(args [6]uint64) bool // nil always does
 }
 
 func ofFile(name string) kind    { return kind{name, 0, -1, -1, -1, -1, nil} }
@@ -379,17 +380,25 @@ func ofPath(name string) kind    { return kind{name, -1, -1, 0, -1, -1, nil} }
 func ofPathAt(name string) kind  { return kind{name, -1, 0, 1, -1, -1, nil} }
 func ofPaths(name string) kind   { return kind{name, -1, -1, 0, -1, 1, nil} }
 func ofPathsAt(name string) kind { return kind{name, -1, 0, 1, 2, 3, nil} }
-func opening(k kind, flags int) kind {
-	k.changes = func(args [6]uint64) bool {
-		return args[flags]&(unix.O_WRONLY|unix.O_RDWR|unix.O_CREAT|unix.O_TRUNC) != 0
+func opening(k kind, flags int, reads bool) kind {
+	k.counts = func(args [6]uint64) bool {
+		return reads == (args[flags]&(unix.O_WRONLY|unix.O_RDWR|unix.O_CREAT|unix.O_TRUNC) == 0)
 	}
 	return k
 }
 
+// kinds returns the calls that may change files, by number, or those that may only read them.
+func kinds(reads bool) map[uint64]kind {
+	if reads {
+		return readers
+	}
+	return known
+}
+
 // known are the calls that may change files, by number.
 var known = map[uint64]kind{
-	unix.SYS_OPEN:            opening(ofPath("open"), 1),
-	unix.SYS_OPENAT:          opening(ofPathAt("openat"), 2),
+	unix.SYS_OPEN:            opening(ofPath("open"), 1, false),
+	unix.SYS_OPENAT:          opening(ofPathAt("openat"), 2, false),
 	unix.SYS_CREAT:           ofPath("creat"),
 	unix.SYS_WRITE:           ofFile("write"),
 	unix.SYS_WRITEV:          ofFile("writev"),
@@ -428,10 +437,41 @@ var known = map[uint64]kind{
 	unix.SYS_SYMLINKAT:       {"symlinkat", -1, 1, 2, -1, -1, nil},
 }
 
-// Names returns the names of the calls that count, in order.
-func Names() []string {
+// readers are the calls that may read files or tell of them, by number. What they may change is told by known.
+var readers = map[uint64]kind{
+	unix.SYS_OPEN:              opening(ofPath("open"), 1, true),
+	unix.SYS_OPENAT:            opening(ofPathAt("openat"), 2, true),
+	unix.SYS_READ:              ofFile("read"),
+	unix.SYS_READV:             ofFile("readv"),
+	unix.SYS_PREAD64:           ofFile("pread64"),
+	unix.SYS_PREADV:            ofFile("preadv"),
+	unix.SYS_PREADV2:           ofFile("preadv2"),
+	unix.SYS_LSEEK:             ofFile("lseek"),
+	unix.SYS_MMAP:              {"mmap", 4, -1, -1, -1, -1, nil},
+	unix.SYS_SENDFILE:          {"sendfile", 1, -1, -1, -1, -1, nil},
+	unix.SYS_COPY_FILE_RANGE:   ofFile("copy_file_range"),
+	unix.SYS_SPLICE:            ofFile("splice"),
+	unix.SYS_FLOCK:             ofFile("flock"),
+	unix.SYS_GETDENTS64:        ofFile("getdents64"),
+	unix.SYS_FSTAT:             ofFile("fstat"),
+	unix.SYS_FSTATFS:           ofFile("fstatfs"),
+	unix.SYS_STAT:              ofPath("stat"),
+	unix.SYS_LSTAT:             ofPath("lstat"),
+	unix.SYS_NEWFSTATAT:        ofPathAt("newfstatat"),
+	unix.SYS_STATX:             ofPathAt("statx"),
+	unix.SYS_STATFS:            ofPath("statfs"),
+	unix.SYS_ACCESS:            ofPath("access"),
+	unix.SYS_FACCESSAT:         ofPathAt("faccessat"),
+	unix.SYS_FACCESSAT2:        ofPathAt("faccessat2"),
+	unix.SYS_READLINK:          ofPath("readlink"),
+	unix.SYS_READLINKAT:        ofPathAt("readlinkat"),
+	unix.SYS_INOTIFY_ADD_WATCH: {"inotify_add_watch", -1, -1, 1, -1, -1, nil},
+}
+
+// Names returns the names of the calls that count, in order: those that may change files, or those that may only read them.
+func Names(reads bool) []string {
 	var names []string
-	for _, k := range known {
+	for _, k := range kinds(reads) {
 		names = append(names, k.name)
 	}
 	slices.Sort(names)

@@ -76,6 +76,9 @@ var calls = []string{
 	"mkdirat sub", "openat sub/file", "write sub/file", "fsync sub/file", "renameat sub/file → file", "fsync .", "unlinkat file",
 }
 
+// reads are those of its calls that only read.
+var reads = []string{"newfstatat .", "newfstatat file", "openat ."}
+
 // trace runs change under the tracer to its end.
 func trace(t *testing.T, fault tracer.Fault, env ...string) (p *tracer.Process, dir, output string) {
 	t.Helper()
@@ -130,6 +133,18 @@ func TestCounts(t *testing.T) {
 	}
 	if status := p.Status(); !status.Exited() || status.ExitStatus() != 0 || output != "" || len(p.Hits()) != 0 {
 		t.Errorf("it ended with %v, hits %v, and said %q", status, p.Hits(), output)
+	}
+}
+
+// TestReads has only those calls count that read, and one of them fail.
+func TestReads(t *testing.T) {
+	p, _, output := trace(t, tracer.Fault{Reads: true})
+	if got := names(p.Calls()); !slices.Equal(got, reads) || output != "" {
+		t.Errorf("calls %q, want %q; it said %q", got, reads, output)
+	}
+	p, _, output = trace(t, tracer.Fault{At: 1, Errno: syscall.EACCES, Reads: true})
+	if got := names(p.Hits()); !slices.Equal(got, reads[:1]) || !strings.Contains(output, "permission denied") {
+		t.Errorf("hits %q, want %q; it said %q", got, reads[:1], output)
 	}
 }
 
@@ -255,34 +270,40 @@ func TestSignalAndAwait(t *testing.T) {
 // TestSeesWhatStraceSees has strace write down all that the program does, and compares.
 func TestSeesWhatStraceSees(t *testing.T) {
 	testtools.Need(t, "strace")
-	dir := filepath.Join(t.TempDir(), "dir")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	log := filepath.Join(t.TempDir(), "log")
-	cmd := exec.Command("strace", "-f", "-y", "-qq", "-e", "trace=?"+strings.Join(tracer.Names(), ",?"), "-o", log, os.Args[0])
-	cmd.Env = append(os.Environ(), tracee+"="+dir)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	b, err := os.ReadFile(log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var seen []string
-	for line := range bytes.Lines(b) {
-		_, call, _ := strings.Cut(string(line), " ")
-		name, args, ok := strings.Cut(strings.TrimSpace(call), "(")
-		if ok && strings.Contains(args, dir) && !strings.Contains(args, dir+"-beside") && !strings.Contains(args, "O_RDONLY") {
-			seen = append(seen, name)
+	for _, tt := range []struct {
+		reads bool
+		calls []string
+	}{{false, calls}, {true, reads}} {
+		dir := filepath.Join(t.TempDir(), "dir")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
 		}
-	}
-	var want []string
-	for _, call := range calls {
-		name, _, _ := strings.Cut(call, " ")
-		want = append(want, name)
-	}
-	if !slices.Equal(seen, want) {
-		t.Errorf("strace saw %q, the tracer %q", seen, want)
+		log := filepath.Join(t.TempDir(), "log")
+		cmd := exec.Command("strace", "-f", "-y", "-qq", "-e", "trace=?"+strings.Join(tracer.Names(tt.reads), ",?"), "-o", log, os.Args[0])
+		cmd.Env = append(os.Environ(), tracee+"="+dir)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		b, err := os.ReadFile(log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var seen []string
+		for line := range bytes.Lines(b) {
+			_, call, _ := strings.Cut(string(line), " ")
+			name, args, ok := strings.Cut(strings.TrimSpace(call), "(")
+			other := name == "openat" && strings.Contains(args, "O_RDONLY") != tt.reads
+			if ok && strings.Contains(args, dir) && !strings.Contains(args, dir+"-beside") && !other {
+				seen = append(seen, name)
+			}
+		}
+		var want []string
+		for _, call := range tt.calls {
+			name, _, _ := strings.Cut(call, " ")
+			want = append(want, name)
+		}
+		if !slices.Equal(seen, want) {
+			t.Errorf("strace saw %q, the tracer %q", seen, want)
+		}
 	}
 }
