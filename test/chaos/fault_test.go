@@ -27,7 +27,7 @@ func failures() []failure {
 	writes := func(kind string) bool {
 		return strings.HasPrefix(kind, "write ") || strings.HasPrefix(kind, "pwrite64 ")
 	}
-	const full, broken = http.StatusInsufficientStorage, http.StatusInternalServerError
+	const full, broken, busy = http.StatusInsufficientStorage, http.StatusInternalServerError, http.StatusServiceUnavailable
 	return []failure{
 		{"EIO", tracer.Fault{Errno: syscall.EIO}, broken, nil},
 		{"EIO from then on", tracer.Fault{Errno: syscall.EIO, Onward: true}, broken, nil},
@@ -35,8 +35,8 @@ func failures() []failure {
 		{"ENOSPC", tracer.Fault{Errno: syscall.ENOSPC}, full, nil},
 		{"ENOSPC from then on", tracer.Fault{Errno: syscall.ENOSPC, Onward: true}, full, nil},
 		{"EDQUOT from then on", tracer.Fault{Errno: syscall.EDQUOT, Onward: true}, full, nil},
-		{"EMFILE", tracer.Fault{Errno: syscall.EMFILE}, broken, opens},
-		{"EMFILE from then on", tracer.Fault{Errno: syscall.EMFILE, Onward: true}, broken, opens},
+		{"EMFILE", tracer.Fault{Errno: syscall.EMFILE}, busy, opens},
+		{"EMFILE from then on", tracer.Fault{Errno: syscall.EMFILE, Onward: true}, busy, opens},
 		{"half a write", tracer.Fault{Short: true}, 0, writes},
 	}
 }
