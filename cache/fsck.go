@@ -243,7 +243,7 @@ func (c *checker) version() error {
 		return nil
 	case errors.Is(err, fs.ErrNotExist):
 		f.Detail = "it is not there"
-	case lacking(err):
+	case acproxy.Shortage(err):
 		return err
 	case err != nil:
 		f.Detail = err.Error()
@@ -357,7 +357,7 @@ func (c *checker) index(ctx context.Context) (*index, error) {
 	case errors.As(err, &inconsistent):
 		anew(CodeIndexInconsistent, inconsistent.Error())
 		return nil, nil
-	case lacking(err), errors.Is(err, bolterrors.ErrTimeout):
+	case acproxy.Shortage(err), errors.Is(err, bolterrors.ErrTimeout):
 		// It says nothing of the index.
 		return nil, err
 	case err != nil:

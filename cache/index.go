@@ -19,6 +19,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 
+	"github.com/acproxy/acproxy"
 	"github.com/acproxy/acproxy/internal/durable"
 )
 
@@ -535,7 +536,7 @@ func (x *index) run(changes []*write) error {
 func patiently(do func() error) error {
 	const tries, pause = 20, 50 * time.Millisecond
 	err := do()
-	for try := 1; try < tries && lacking(err); try++ {
+	for try := 1; try < tries && acproxy.Shortage(err); try++ {
 		time.Sleep(pause)
 		err = do()
 	}

@@ -56,7 +56,7 @@ func (d *Disk) carryOver(ix *index) error {
 		return nil
 	}
 	lost, err := d.carryFrom(path, ix)
-	if err == nil && lacking(lost) {
+	if err == nil && acproxy.Shortage(lost) {
 		err = lost
 	}
 	if err != nil {

@@ -9,6 +9,8 @@ import (
 	"hash/fnv"
 	"io"
 	"math/bits"
+
+	"github.com/acproxy/acproxy"
 )
 
 // This file reads the pages of a bbolt file without bbolt, to find out whether bbolt can be let near them. bbolt takes its pages for granted:
@@ -62,7 +64,7 @@ func brokenBy(err error) error {
 
 // unusable is brokenBy for a file that has to be read before it is used, or to go on: any error counts as one about what is in it, but one that says nothing of it.
 func unusable(err error) error {
-	if err == nil || lacking(err) || errors.Is(err, errPages) {
+	if err == nil || acproxy.Shortage(err) || errors.Is(err, errPages) {
 		return err
 	}
 	return broken("%v", err)

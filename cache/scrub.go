@@ -709,11 +709,6 @@ func (d *Disk) leaveAlone(path string, err error) {
 	_ = d.fsys.note(err)
 }
 
-// lacking reports whether an error says nothing of the file: there is too little of something else for now, and it can be had another time.
-func lacking(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOMEM)
-}
-
 // unstable says what is done about a blob that was read differently at different times.
 const unstable = "nothing is done about it: look after the disk and the memory"
 

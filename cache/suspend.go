@@ -9,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/acproxy/acproxy"
 )
 
 // DefaultKeepPartials is for how long what has arrived of an image is kept without being taken up again.
@@ -51,7 +53,7 @@ func (d *Disk) Resume(ctx context.Context, key string) (*Partial, error) {
 	switch p.file, err = d.fsys.OpenFile(s.path); {
 	case err == nil:
 		return p, p.register()
-	case lacking(err), errors.Is(err, syscall.EROFS):
+	case acproxy.Shortage(err), errors.Is(err, syscall.EROFS):
 		// That says nothing of the file. It can be had another time.
 		p.putBack(s)
 	default:

@@ -444,7 +444,11 @@ func safeName(name string) string { return name[:min(len(name), 100)] }
 // sweepNames takes what is kept of discovery into the index, and writes again what only the index has.
 func (d *Disk) sweepNames(ix *index) error {
 	entries, err := os.ReadDir(d.path(nameDir))
-	if err != nil {
+	switch {
+	case beyondHope(err):
+		// Names are found out again.
+		d.leaveAlone(d.path(nameDir), err)
+	case err != nil:
 		return err
 	}
 	for together := range slices.Chunk(entries, maxAdopted) {

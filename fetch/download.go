@@ -689,11 +689,11 @@ func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) 
 		f.log.Error("a signed image breaks the rules: quarantined", "name", rec.Name, "digest", rec.Digest, "err", err)
 		said := decision(EventQuarantined, rec)
 		said.Outcome, said.Detail = acproxy.Code(err), err.Error()
-		f.decided(said)
-		// Noted here first: a disk that can't note it must not have it served.
+		// Noted here first: a disk that can't note it must not have it served, nor while it is told.
 		rec.State, rec.Code, rec.Reason = cache.Quarantined, acproxy.Code(err), err.Error()
 		f.barred.Store(rec.Digest, rec)
 		f.bars.Add(1)
+		f.decided(said)
 		if err := f.cfg.Store.Quarantine(f.ctx, rec.Digest, rec.Code, rec.Reason); err != nil {
 			f.log.Error("quarantining an image: it is not served as long as this process lives", "name", rec.Name, "digest", rec.Digest, "err", err)
 			return

@@ -678,6 +678,10 @@ func simulate(t *testing.T, seed uint64, dir string, keys *trust.Keyring, total 
 			time.Sleep(simGrace + time.Minute)
 		}
 	}
+	s.close()
+	s.pub.conns.Wait()
+	s.pub.mu.Lock()
+	defer s.pub.mu.Unlock()
 	if !troubled {
 		for n, images := range simMaterial().images {
 			for _, im := range images {
@@ -688,8 +692,6 @@ func simulate(t *testing.T, seed uint64, dir string, keys *trust.Keyring, total 
 			}
 		}
 	}
-	s.close()
-	s.pub.conns.Wait()
 	for answer, n := range s.answers {
 		total[answer] += n
 	}
