@@ -683,7 +683,7 @@ func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) 
 			return nil
 		})
 		if err != nil {
-			f.log.Error("noting the inspection of an image", "name", rec.Name, "digest", rec.Digest, "err", err)
+			f.owe(rec, "noting the inspection of an image", err)
 		}
 	case isViolation(err):
 		f.log.Error("a signed image breaks the rules: quarantined", "name", rec.Name, "digest", rec.Digest, "err", err)
@@ -700,8 +700,41 @@ func (f *Fetcher) inspected(rec cache.Record, result aci.Inspection, err error) 
 		}
 		f.barred.Delete(rec.Digest)
 	case f.ctx.Err() == nil:
-		// The bytes are kept uninspected; the next start inspects them again.
-		f.log.Error("inspecting an image", "name", rec.Name, "digest", rec.Digest, "err", err)
+		f.owe(rec, "inspecting an image", err)
+	}
+}
+
+// owe notes that the inspection of an image is still to be done, unless the image is gone. The next start would do it, too.
+func (f *Fetcher) owe(rec cache.Record, doing string, err error) {
+	if errors.Is(err, acproxy.ErrNotFound) {
+		return
+	}
+	f.log.Error(doing+": it is inspected again later", "name", rec.Name, "digest", rec.Digest, "err", err)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.owed[rec.Digest] = true
+}
+
+// InspectAgain inspects, one after the other, the images whose inspection went wrong for a reason that says nothing of them, or could not be noted.
+func (f *Fetcher) InspectAgain(ctx context.Context) {
+	f.mu.Lock()
+	owed := f.owed
+	f.owed = make(map[acproxy.Digest]bool)
+	f.mu.Unlock()
+	for digest := range owed {
+		rec, err := f.cfg.Store.Record(digest)
+		switch {
+		case ctx.Err() != nil:
+			return // the next start sees to it
+		case errors.Is(err, acproxy.ErrNotFound), err == nil && (rec.Inspected || rec.Quarantined()):
+		case err == nil:
+			result, err := f.inspectHeld(ctx, rec)
+			if ctx.Err() == nil {
+				f.inspected(rec, result, err)
+			}
+		default:
+			f.owe(cache.Record{Digest: digest}, "looking up an image that is to be inspected", err)
+		}
 	}
 }
 

@@ -119,6 +119,7 @@ type Fetcher struct {
 	refused   map[acproxy.Digest]string // held images that the last Rejudge found not acceptable, with the outcome
 	retry     map[acproxy.Ref]time.Time
 	replaced  map[acproxy.Digest]replaced // images that Mend does not ask for at the moment
+	owed      map[acproxy.Digest]bool     // images that could not be inspected, or of which that could not be noted
 }
 
 // New returns a Fetcher. Close ends what it has in progress.
@@ -151,6 +152,7 @@ func New(cfg Config) *Fetcher {
 		learning:  make(map[string]bool),
 		retry:     make(map[acproxy.Ref]time.Time),
 		replaced:  make(map[acproxy.Digest]replaced),
+		owed:      make(map[acproxy.Digest]bool),
 	}
 	if f.log == nil {
 		f.log = slog.Default()

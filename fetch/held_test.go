@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -511,5 +512,52 @@ func TestEveryHitIsAUse(t *testing.T) {
 				t.Errorf("Record says that it was used at %v, %v; want %v", rec.Used, err, s.clock.Now())
 			}
 		})
+	}
+}
+
+// ailing is a store that can note nothing while it is ill.
+type ailing struct {
+	cache.Store
+	ill atomic.Bool
+}
+
+func (a *ailing) Update(ctx context.Context, digest acproxy.Digest, change func(*cache.Record) error) error {
+	if a.ill.Load() {
+		return errors.New("the disk is broken")
+	}
+	return a.Store.Update(ctx, digest, change)
+}
+
+// TestInspectionsThatCanNotBeNotedAreMadeAgain, without a restart.
+func TestInspectionsThatCanNotBeNotedAreMadeAgain(t *testing.T) {
+	var store ailing
+	store.ill.Store(true)
+	s := newScene(t, func(c *Config) { store.Store, c.Store = c.Store, &store })
+	s.want(s.app("1.0"), s.publish(spec("1.0", 1000)), Miss)
+	owed := func() int {
+		s.f.mu.Lock()
+		defer s.f.mu.Unlock()
+		return len(s.f.owed)
+	}
+	s.eventually("the inspection has gone wrong", func() bool { return owed() == 1 })
+	s.f.InspectAgain(t.Context())
+	if rec := s.record(s.app("1.0")); rec.Inspected || owed() != 1 {
+		t.Errorf("it could not be noted, and the record is %+v", rec)
+	}
+	store.ill.Store(false)
+	s.f.InspectAgain(t.Context())
+	if rec := s.record(s.app("1.0")); !rec.Inspected || rec.ImageID.IsZero() || owed() != 0 {
+		t.Errorf("the record is %+v", rec)
+	}
+	// What is gone is owed to nobody.
+	store.ill.Store(true)
+	s.want(s.app("2.0"), s.publish(spec("2.0", 1000)), Miss)
+	s.eventually("the inspection has gone wrong", func() bool { return owed() == 1 })
+	if err := s.store.Delete(t.Context(), s.record(s.app("2.0")).Digest); err != nil {
+		t.Fatal(err)
+	}
+	s.f.InspectAgain(t.Context())
+	if owed() != 0 {
+		t.Error("an image that is gone is still to be inspected")
 	}
 }

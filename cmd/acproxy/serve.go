@@ -375,7 +375,8 @@ func (n *running) rejudge(ctx context.Context, log *slog.Logger) {
 // mendEvery is how often images that are lost are asked for again.
 const mendEvery = time.Hour
 
-// mend fetches images again whose bytes are lost: at the start, as soon as one is found, and every now and then those that could not be had.
+// mend fetches images again whose bytes are lost: at the start, as soon as one is found, and every now and then those that could not be had. It also inspects those
+// again of which that went wrong.
 func (n *running) mend(ctx context.Context, log *slog.Logger) {
 	ticker := time.NewTicker(mendEvery)
 	defer ticker.Stop()
@@ -391,6 +392,7 @@ func (n *running) mend(ctx context.Context, log *slog.Logger) {
 		case done.Lost > 0:
 			log.Info("fetched lost images again", "lost", done.Lost, "mended", done.Mended)
 		}
+		n.parts.fetcher.InspectAgain(ctx)
 		select {
 		case <-n.parts.lost:
 		case <-ticker.C:
