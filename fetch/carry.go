@@ -428,16 +428,14 @@ func (f *Fetcher) Verify(ctx context.Context, c Carried, body io.Reader) error {
 		return err
 	}
 	d := &download{f: f, name: c.Name, source: c.Source, carried: &c}
-	sum := sha256.New()
-	to := io.Writer(sum)
 	var hasher *trust.Hasher
 	if c.Signature != nil {
 		if hasher, err = trust.NewHasher(c.Signature); err != nil {
 			return err
 		}
-		to = io.MultiWriter(sum, hasher)
 	}
-	read := io.TeeReader(&cancelReader{ctx: ctx, r: body}, to)
+	sum, to := hashing(hasher)
+	read := io.TeeReader(&cancelReader{ctx: ctx, r: body}, io.MultiWriter(to...))
 	found, wrong := aci.Inspect(read, f.cfg.Limits, func(m aci.Manifest) error { return e.full.Matches(m.Name, m.Labels) })
 	if _, err := io.Copy(io.Discard, read); err != nil {
 		return err

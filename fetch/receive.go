@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"net/http"
 	"strconv"
@@ -69,11 +70,7 @@ func interrupted(err error) bool {
 // receive writes what comes to the partial file and returns the digest of all that is in it then. Hashing runs beside writing; what was received
 // before a restart is hashed first. A nil body means that everything is there.
 func (d *download) receive(body io.ReadCloser, hasher *trust.Hasher) (acproxy.Digest, error) {
-	sum := sha256.New()
-	to := []io.Writer{sum}
-	if hasher != nil {
-		to = append(to, hasher)
-	}
+	sum, to := hashing(hasher)
 	r := &reception{
 		d: d, size: d.size, hashes: d.hashing(to...), left: int(max(d.f.cfg.Retries, 0)), since: d.f.now(),
 		pause: backoff.ExponentialBackOff{InitialInterval: d.f.cfg.RetryWait, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: maxRetryWait},
@@ -89,6 +86,19 @@ func (d *download) receive(body io.ReadCloser, hasher *trust.Hasher) (acproxy.Di
 		return acproxy.Digest{}, traced(err, r.trace)
 	}
 	return acproxy.Digest(sum.Sum(nil)), nil
+}
+
+// hashing returns the running SHA-256 of an image, and what its bytes are to be written to for that and for what its signature is over; hasher is nil if it has none. A
+// signature may be over a SHA-256, too.
+func hashing(hasher *trust.Hasher) (sum hash.Hash, to []io.Writer) {
+	if hasher != nil {
+		if sum = hasher.SHA256(); sum != nil {
+			return sum, []io.Writer{hasher}
+		}
+		to = append(to, hasher)
+	}
+	sum = sha256.New()
+	return sum, append(to, sum)
 }
 
 // hashes are what an image goes through beside being written: each in a goroutine of its own, because none is as fast as the wire.

@@ -57,6 +57,7 @@ type passage struct {
 	signature []byte
 	hasher    *trust.Hasher
 	sum       hash.Hash // of the bytes
+	to        []io.Writer
 
 	inspecting *io.PipeWriter
 	inspected  chan struct{}  // closed when found and wrong are set
@@ -125,10 +126,11 @@ func (f *Fetcher) passageFrom(ctx context.Context, ref acproxy.Ref, expand func(
 	if _, err := f.judge(f.cfg.Keyring(), name, signature, nil); err != nil {
 		return nil, err
 	}
-	p := &passage{f: f, ref: ref, policy: policy, source: imageURL, signature: signature, sum: sha256.New(), inspected: make(chan struct{})}
+	p := &passage{f: f, ref: ref, policy: policy, source: imageURL, signature: signature, inspected: make(chan struct{})}
 	if p.hasher, err = trust.NewHasher(signature); err != nil {
 		return nil, err
 	}
+	p.sum, p.to = hashing(p.hasher)
 	p.ctx, p.cancel = context.WithCancel(ctx)
 	if onlySignature {
 		return p, nil
@@ -209,8 +211,10 @@ func (p *passage) more() error {
 	if p.came > p.f.cfg.MaxImageSize {
 		return tooLarge(p.source, p.f.cfg.MaxImageSize)
 	}
-	p.hasher.Write(chunk[:n])
-	p.sum.Write(chunk[:n])
+	for _, hash := range p.to {
+		// A hash can't fail (package hash says so).
+		_, _ = hash.Write(chunk[:n])
+	}
 	if _, piped := p.inspecting.Write(chunk[:n]); piped != nil && !errors.Is(piped, errInspected) {
 		return piped
 	} else if piped != nil {

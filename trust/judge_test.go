@@ -3,6 +3,7 @@ package trust
 import (
 	"bytes"
 	"crypto"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"io"
@@ -565,6 +566,13 @@ func TestHasherComputesEachHashOnce(t *testing.T) {
 	}
 	if len(h.hashes) != 2 {
 		t.Errorf("%d hashes, want 2", len(h.hashes))
+	}
+	h.Write([]byte("what is signed"))
+	if sum := h.SHA256(); sum == nil || [sha256.Size]byte(sum.Sum(nil)) != sha256.Sum256([]byte("what is signed")) {
+		t.Errorf("SHA256 = %v", sum)
+	}
+	if h, err := NewHasher(a); err != nil || h.SHA256() != nil {
+		t.Errorf("SHA256 of a hasher that computes none = %v, %v", h.SHA256(), err)
 	}
 	if h, err := NewHasher(nil); err != nil || len(h.hashes) != 0 {
 		t.Errorf("NewHasher(nil) = %v, %v", h, err)

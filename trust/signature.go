@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"slices"
 
 	"github.com/ProtonMail/go-crypto/openpgp/armor"
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
@@ -324,6 +325,14 @@ func (h *Hasher) Write(p []byte) (int, error) {
 		each.Write(p)
 	}
 	return len(p), nil
+}
+
+// SHA256 returns the running SHA-256 of what is written, nil if no signature needs one. Who wants the digest of the same bytes need not compute another.
+func (h *Hasher) SHA256() hash.Hash {
+	if i := slices.Index(h.names, crypto.SHA256.String()); i >= 0 {
+		return h.hashes[i]
+	}
+	return nil
 }
 
 // Hashed returns the state after what has been written so far.
