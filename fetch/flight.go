@@ -369,6 +369,11 @@ func (f *Fetcher) begin(fl *flight, d *download, trace *acproxy.Trace) {
 		d.end(errHeld)
 		return
 	}
+	// Or have been refused since this one's flight began, which nothing was remembered for then.
+	if err, ok := recall[error](f.negative, negativeKey(fl.basis, fl.ref), f.now()); ok && fl.have.IsZero() && contentRefused(err) {
+		d.end(err)
+		return
+	}
 	if err := f.open200(fl, d, trace); err != nil {
 		if !errors.Is(err, errHeld) {
 			err = traced(err, *trace)

@@ -637,3 +637,23 @@ func TestThresholdOfSigners(t *testing.T) {
 	s.wantError(s.app("1.0"), acproxy.ErrRefused, "too-few-signers")
 	s.wantRequests(0, 1)
 }
+
+// TestRefusedWhileSomebodyAsks: whoever has looked for what is remembered just before an image was refused, and begins a flight just after it was, doesn't fetch it again.
+func TestRefusedWhileSomebodyAsks(t *testing.T) {
+	s := newScene(t)
+	s.publishAs("example.com/app", labels("1.0"), acitest.Must(t, spec("0.9", badSize)), goodKey())
+	ref := s.app("1.0")
+	s.wantError(ref, acproxy.ErrPublisher, "wrong-labels")
+	s.idle()
+	fl, joined := s.f.join(t.Context(), Request{Ref: ref}, acproxy.Digest{})
+	if joined {
+		t.Error("the flight that failed is not over")
+	}
+	wantError(t, fl.wait(t.Context()), acproxy.ErrPublisher, "wrong-labels")
+	s.idle()
+	s.wantRequests(1, 2)
+	// Once that is forgotten it may have been put right.
+	s.clock.advance(DefaultNegativeTTL)
+	s.wantError(ref, acproxy.ErrPublisher, "wrong-labels")
+	s.wantRequests(2, 3)
+}
